@@ -1,0 +1,1 @@
+"""How few bits can a world model run on and still plan?"""

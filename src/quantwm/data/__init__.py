@@ -1,0 +1,1 @@
+"""Trajectories: collecting them, storing them, and caching their latents for training."""

@@ -1,0 +1,89 @@
+"""Collecting trajectories with a task's scripted policy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from quantwm.data.trajectories import Trajectories, TrajectoryFolder
+from quantwm.errors import UsageError
+from quantwm.protocols import FloatArray, Layout, Task
+from quantwm.seeds import SeedBlock, episode_seeds
+
+SHARD = 1000
+DEFAULT_COUNTS = {"train": 12_000, "validation": 500}
+
+
+@runtime_checkable
+class Scripted(Protocol):
+    """A task that can behave by itself."""
+
+    policy: str
+    """Name and version of the scripted policy."""
+    trajectory_steps: int
+    """Raw actions in a trajectory."""
+
+    def scripted(self, seeds: list[int], steps: int) -> tuple[FloatArray, FloatArray]:
+        """States (B, steps + 1, S) and raw actions (B, steps, A)."""
+        ...
+
+    def sample_layout(self, seeds: list[int]) -> Layout:
+        """The layout (B,) of each seed's world."""
+        ...
+
+
+def collect(
+    task: Task,
+    folder: Path,
+    *,
+    train: int = DEFAULT_COUNTS["train"],
+    validation: int = DEFAULT_COUNTS["validation"],
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrajectoryFolder:
+    """Write scripted trajectories in shards; shards that are there already are kept.
+
+    Args:
+        task: a task with a scripted policy.
+        folder: where to; made if it is not there.
+        train, validation: trajectories of each split, from disjoint seed blocks.
+        seed: 0 to 65,000; another seed gives other trajectories.
+        progress: called with (trajectories done, of how many).
+
+    Raises:
+        UsageError: the task has no scripted policy, or a count below 1.
+        MismatchError: the folder holds data of another task or policy.
+    """
+    if not isinstance(task, Scripted):
+        raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
+    if train < 1 or validation < 1:
+        raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
+    store = TrajectoryFolder(folder)
+    store.begin({**task.settings(), "seed": seed}, task.policy)
+    splits: list[tuple[SeedBlock, int]] = [("train", train), ("validation", validation)]
+    done, total = 0, train + validation
+    for split, count in splits:
+        for shard, first in enumerate(range(0, count, SHARD)):
+            size = min(SHARD, count - first)
+            name = f"{split}-{shard:04d}-{size}"
+            if not store.has_shard(name):
+                # Each shard takes a seed of its own, so that a block never runs out of episodes.
+                seeds = episode_seeds(split, seed + shard, size)
+                store.add_shard(name, split, _shard(task, seeds))
+            done += size
+            if progress is not None:
+                progress(done, total)
+    return store
+
+
+def _shard(task: Scripted, seeds: list[int]) -> Trajectories:
+    steps = task.trajectory_steps
+    states, actions = task.scripted(seeds, steps)
+    return Trajectories(
+        states.reshape(-1, states.shape[-1]),
+        actions.reshape(-1, actions.shape[-1]).astype(np.float32),
+        np.full(len(seeds), steps, np.int64),
+        dict(task.sample_layout(seeds)),
+        np.asarray(seeds, np.int64),
+    )

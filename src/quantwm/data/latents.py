@@ -1,0 +1,107 @@
+"""Cached latents of a data set: each frame is encoded once, not once an epoch.
+
+The cache is a folder outside the source tree with one memory-mapped float16 array (frames, P, D)
+a split and a JSON index. Encoding resumes where it stopped.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quantwm.data.trajectories import Trajectories
+from quantwm.errors import MismatchError
+from quantwm.files import write_json
+from quantwm.models.dino_wm import DINOWM
+from quantwm.protocols import Task
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Which states of some trajectories become frames: every `frameskip`-th, from the first.
+
+    Attributes:
+        state_rows: (F,) rows into `Trajectories.states`.
+        trajectory: (F,) the trajectory of each frame.
+        frames: (n,) frames of each trajectory.
+    """
+
+    state_rows: npt.NDArray[np.int64]
+    trajectory: npt.NDArray[np.int64]
+    frames: npt.NDArray[np.int64]
+
+    @classmethod
+    def every(cls, frameskip: int, trajectories: Trajectories) -> "FrameIndex":
+        """The frames at raw steps 0, frameskip, 2·frameskip, …"""
+        frames = trajectories.lengths // frameskip + 1
+        rows = [
+            offset + frameskip * np.arange(count)
+            for offset, count in zip(trajectories.state_offsets, frames, strict=True)
+        ]
+        owner = np.repeat(np.arange(len(trajectories)), frames)
+        return cls(np.concatenate(rows), owner, frames)
+
+
+def encode_split(
+    world_model: DINOWM,
+    task: Task,
+    trajectories: Trajectories,
+    folder: Path,
+    split: str,
+    *,
+    key: dict[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.float16]:
+    """Visual latents (F, P, D) of a split's frames, from the cache where they are there already.
+
+    Encoding runs with bfloat16 matrix products and a float32 residual stream: relative error
+    about 1%, five times faster than float32 on an AMX machine.
+
+    Args:
+        key: what the latents depend on; a cache with another key is refused.
+        progress: called with (frames done, of how many).
+
+    Raises:
+        MismatchError: the folder caches latents of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index = FrameIndex.every(world_model.config.frameskip, trajectories)
+    shape = (len(index.state_rows), world_model.config.num_patches, world_model.encoder.width)
+    state_path, array_path = folder / f"{split}.json", folder / f"{split}.f16"
+    state = {"key": key, "shape": list(shape), "done": 0}
+    if state_path.is_file():
+        found = json.loads(state_path.read_text())
+        if found["key"] != key or found["shape"] != list(shape):
+            raise MismatchError(f"{folder} caches latents of other data or another encoder; "
+                                "delete it or choose another --cache")
+        state = found
+    mode = "r+" if array_path.is_file() and state["done"] else "w+"
+    latents = np.memmap(array_path, np.float16, mode, shape=shape)
+    first = int(state["done"])
+    for begin in range(first, shape[0], _BATCH):
+        rows = index.state_rows[begin : begin + _BATCH]
+        owner = index.trajectory[begin : begin + _BATCH]
+        layout = {name: values[owner] for name, values in trajectories.layout.items()}
+        visual = task.observe(trajectories.states[rows][:, None], layout)["visual"][:, 0]
+        latents[begin : begin + len(rows)] = _encode(world_model, visual).cpu().numpy()
+        done = begin + len(rows)
+        if (begin // _BATCH) % 50 == 49 or done == shape[0]:
+            latents.flush()
+            write_json(state_path, {**state, "done": done})
+        if progress is not None:
+            progress(done, shape[0])
+    return np.memmap(array_path, np.float16, "r", shape=shape)
+
+
+def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:
+    images = world_model.preprocess(visual)
+    with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16):
+        return world_model.encoder(images).half()

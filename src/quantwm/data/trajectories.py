@@ -1,0 +1,195 @@
+"""Trajectory data sets on disk.
+
+A data set is a folder of shards, each one safetensors file, and a `dataset.json`. Trajectories
+may differ in length, so a shard stores them end to end:
+
+    states   (Σ(T+1), S) float64     actions  (ΣT, A) float32     lengths (n,) int64, the Ts
+    layout.<name> (n,)               seeds    (n,) int64
+
+Frames are not stored: a task renders them from states and layout, bit for bit the same each time.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from quantwm.errors import CorruptFileError, MismatchError, UsageError
+from quantwm.files import atomic_path, sha256_file, write_json
+from quantwm.protocols import FloatArray
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Some trajectories, end to end.
+
+    Attributes:
+        states: (Σ(T+1), S) float64.
+        actions: (ΣT, A) float32, raw.
+        lengths: (n,) number of actions of each trajectory.
+        layout: named arrays (n,).
+        seeds: (n,) the seed each trajectory derives from.
+    """
+
+    states: FloatArray
+    actions: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int64]
+    layout: dict[str, npt.NDArray[Any]]
+    seeds: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        total, count = int(self.lengths.sum()), len(self.lengths)
+        if len(self.actions) != total or len(self.states) != total + count:
+            raise UsageError(
+                f"lengths add up to {total} actions of {count} trajectories, "
+                f"but there are {len(self.actions)} actions and {len(self.states)} states"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def state_offsets(self) -> npt.NDArray[np.int64]:
+        """(n,) row of each trajectory's first state."""
+        return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]]).astype(np.int64)
+
+    @property
+    def action_offsets(self) -> npt.NDArray[np.int64]:
+        """(n,) row of each trajectory's first action."""
+        return np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
+
+    @staticmethod
+    def concatenate(parts: list["Trajectories"]) -> "Trajectories":
+        """All trajectories of `parts`, in order."""
+        return Trajectories(
+            np.concatenate([p.states for p in parts]),
+            np.concatenate([p.actions for p in parts]),
+            np.concatenate([p.lengths for p in parts]),
+            {k: np.concatenate([p.layout[k] for p in parts]) for k in parts[0].layout},
+            np.concatenate([p.seeds for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of raw actions and proprioception."""
+
+    action_mean: tuple[float, ...]
+    action_std: tuple[float, ...]
+    proprio_mean: tuple[float, ...]
+    proprio_std: tuple[float, ...]
+
+
+def action_statistics(trajectories: Trajectories) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation (A,) of the raw actions."""
+    actions = trajectories.actions.astype(np.float64)
+    return actions.mean(axis=0), actions.std(axis=0)
+
+
+class TrajectoryFolder:
+    """A data set folder: reads it, and appends shards to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def index_path(self) -> Path:
+        """The `dataset.json`."""
+        return self.folder / "dataset.json"
+
+    def exists(self) -> bool:
+        """Whether a data set was begun here."""
+        return self.index_path.is_file()
+
+    def index(self) -> dict[str, Any]:
+        """The content of `dataset.json`.
+
+        Raises:
+            UsageError: there is none, or it is of another format version.
+            CorruptFileError: it is no JSON.
+        """
+        if not self.exists():
+            raise UsageError(f"{self.folder} holds no data set (no dataset.json)")
+        try:
+            index: dict[str, Any] = json.loads(self.index_path.read_text())
+        except json.JSONDecodeError as error:
+            raise CorruptFileError(f"{self.index_path} is no valid JSON: {error}") from error
+        if index.get("format_version") != FORMAT_VERSION:
+            raise UsageError(
+                f"{self.index_path} has format version {index.get('format_version')}, "
+                f"this quantwm reads {FORMAT_VERSION}"
+            )
+        return index
+
+    def begin(self, task: dict[str, Any], policy: str) -> None:
+        """Start a data set, or check that the one here has the same task and policy."""
+        wanted = {"format_version": FORMAT_VERSION, "task": task, "policy": policy}
+        if not self.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.index_path, {**wanted, "shards": {}})
+            return
+        index = self.index()
+        for key, value in wanted.items():
+            if index.get(key) != value:
+                raise MismatchError(
+                    f"{self.folder} holds data of another {key} ({index.get(key)!r}, not "
+                    f"{value!r}); choose another folder"
+                )
+
+    def has_shard(self, name: str) -> bool:
+        """Whether shard `name` is complete."""
+        return name in self.index()["shards"]
+
+    def add_shard(self, name: str, split: str, part: Trajectories) -> None:
+        """Write one shard and then enter it into the index; each step is atomic."""
+        path = self.folder / f"{name}.safetensors"
+        tensors = {
+            "states": part.states,
+            "actions": part.actions,
+            "lengths": part.lengths,
+            "seeds": part.seeds,
+            **{f"layout.{key}": value for key, value in part.layout.items()},
+        }
+        with atomic_path(path) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
+        index = self.index()
+        index["shards"][name] = {
+            "split": split,
+            "trajectories": len(part),
+            "sha256": sha256_file(path),
+        }
+        write_json(self.index_path, index)
+
+    def load(self, split: str) -> Trajectories:
+        """All trajectories of a split ("train" or "validation")."""
+        parts = list(self._shards(split))
+        if not parts:
+            raise UsageError(f"{self.folder} holds no {split} trajectories")
+        return Trajectories.concatenate(parts)
+
+    def _shards(self, split: str) -> Iterator[Trajectories]:
+        for name, entry in sorted(self.index()["shards"].items()):
+            if entry["split"] != split:
+                continue
+            path = self.folder / f"{name}.safetensors"
+            if not path.is_file():
+                raise CorruptFileError(f"{path} is missing; collect again to write it anew")
+            if sha256_file(path) != entry["sha256"]:
+                raise CorruptFileError(f"{path} does not match its checksum; delete it and "
+                                       f"its entry in {self.index_path}, then collect again")
+            tensors = load_file(path)
+            layout = {
+                key.removeprefix("layout."): value
+                for key, value in tensors.items()
+                if key.startswith("layout.")
+            }
+            yield Trajectories(
+                tensors["states"], tensors["actions"], tensors["lengths"], layout, tensors["seeds"]
+            )

@@ -1,0 +1,44 @@
+"""The errors that quantwm raises on purpose; all derive from `QuantWMError`."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class QuantWMError(Exception):
+    """Base class: something that the user can mend. The command line prints it and exits 1."""
+
+
+class UsageError(QuantWMError, ValueError):
+    """An argument, a name or a configuration is wrong. The command line exits 2."""
+
+
+class PlanError(UsageError):
+    """A quantization plan cannot be applied; the message lists every problem."""
+
+
+class MissingStatisticsError(QuantWMError):
+    """A model without normalisation statistics was asked to plan."""
+
+
+class CorruptFileError(QuantWMError):
+    """A file's content does not match its checksum or its format."""
+
+
+class MismatchError(QuantWMError):
+    """Two things that must belong together do not (model and calibration, folder and study)."""
+
+
+class NonFiniteError(QuantWMError):
+    """Latents or costs became NaN or infinite."""
+
+
+class GateError(QuantWMError):
+    """The float reference itself fails, so that nothing can be compared with it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """An error that lists what exists and suggests the nearest name."""
+    names: Sequence[str] = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")

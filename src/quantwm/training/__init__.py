@@ -1,0 +1,1 @@
+"""Training DINO-WM's predictor on cached latents."""
