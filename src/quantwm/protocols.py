@@ -170,8 +170,12 @@ class Simulation(Protocol):
         """Current states (B, S)."""
         ...
 
-    def step(self, actions: FloatArray) -> FloatArray:
-        """Execute raw actions (B, T, A); returns the states after each, (B, T, S)."""
+    def step(self, index: npt.NDArray[np.intp], actions: FloatArray) -> FloatArray:
+        """Execute raw actions (len(index), T, A) in the episodes at `index`, no others.
+
+        Returns:
+            the states after each action, (len(index), T, S).
+        """
         ...
 
 
@@ -228,11 +232,13 @@ class PlanResult:
         actions: (B, H, D) normalised model actions to execute.
         cost: (B,) the lowest candidate cost of the last optimisation step.
         cost_by_step: (B, steps) the lowest candidate cost of each step.
+        failures: (B,) None, or why an episode could not be planned ("non_finite: …").
     """
 
     actions: Tensor
     cost: FloatArray
     cost_by_step: FloatArray
+    failures: tuple[str | None, ...]
 
 
 class Planner(Protocol):

@@ -53,17 +53,17 @@ def collect(
 
     Raises:
         UsageError: the task has no scripted policy, or a count below 1.
-        MismatchError: the folder holds data of another task or policy.
+        MismatchError: the folder holds data of another task, policy, seed or size.
     """
     if not isinstance(task, Scripted):
         raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
     if train < 1 or validation < 1:
         raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
     store = TrajectoryFolder(folder)
-    store.begin({**task.settings(), "seed": seed}, task.policy)
-    splits: list[tuple[SeedBlock, int]] = [("train", train), ("validation", validation)]
+    counts: dict[SeedBlock, int] = {"train": train, "validation": validation}
+    store.begin(task.settings(), {"policy": task.policy, "seed": seed, **counts})
     done, total = 0, train + validation
-    for split, count in splits:
+    for split, count in counts.items():
         for shard, first in enumerate(range(0, count, SHARD)):
             size = min(SHARD, count - first)
             name = f"{split}-{shard:04d}-{size}"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -76,15 +76,17 @@ def encode_split(
     index = FrameIndex.every(world_model.config.frameskip, trajectories)
     shape = (len(index.state_rows), world_model.config.num_patches, world_model.encoder.width)
     state_path, array_path = folder / f"{split}.json", folder / f"{split}.f16"
-    state = {"key": key, "shape": list(shape), "done": 0}
+    state: dict[str, Any] = {"key": key, "shape": list(shape), "done": 0}
     if state_path.is_file():
         found = json.loads(state_path.read_text())
         if found["key"] != key or found["shape"] != list(shape):
-            raise MismatchError(f"{folder} caches latents of other data or another encoder; "
-                                "delete it or choose another --cache")
+            raise MismatchError(
+                f"{folder} caches latents of other data or another encoder; "
+                "delete it or choose another --cache"
+            )
         state = found
-    mode = "r+" if array_path.is_file() and state["done"] else "w+"
-    latents = np.memmap(array_path, np.float16, mode, shape=shape)
+    mode: Literal["r+", "w+"] = "r+" if array_path.is_file() and state["done"] else "w+"
+    latents = np.memmap(array_path, np.float16, mode=mode, shape=shape)
     first = int(state["done"])
     for begin in range(first, shape[0], _BATCH):
         rows = index.state_rows[begin : begin + _BATCH]
@@ -98,10 +100,10 @@ def encode_split(
             write_json(state_path, {**state, "done": done})
         if progress is not None:
             progress(done, shape[0])
-    return np.memmap(array_path, np.float16, "r", shape=shape)
+    return np.memmap(array_path, np.float16, mode="r", shape=shape)
 
 
 def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:
     images = world_model.preprocess(visual)
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16):
-        return world_model.encoder(images).half()
+        return cast(Tensor, world_model.encoder(images)).half()

@@ -128,9 +128,17 @@ class TrajectoryFolder:
             )
         return index
 
-    def begin(self, task: dict[str, Any], policy: str) -> None:
-        """Start a data set, or check that the one here has the same task and policy."""
-        wanted = {"format_version": FORMAT_VERSION, "task": task, "policy": policy}
+    def begin(self, task: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Start a data set, or check that the one here has the same task and origin.
+
+        Args:
+            task: the task's settings.
+            origin: how the trajectories come about: policy, seed, counts.
+
+        Raises:
+            MismatchError: the folder holds other data.
+        """
+        wanted = {"format_version": FORMAT_VERSION, "task": task, "origin": origin}
         if not self.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.index_path, {**wanted, "shards": {}})
@@ -182,8 +190,10 @@ class TrajectoryFolder:
             if not path.is_file():
                 raise CorruptFileError(f"{path} is missing; collect again to write it anew")
             if sha256_file(path) != entry["sha256"]:
-                raise CorruptFileError(f"{path} does not match its checksum; delete it and "
-                                       f"its entry in {self.index_path}, then collect again")
+                raise CorruptFileError(
+                    f"{path} does not match its checksum; delete it and "
+                    f"its entry in {self.index_path}, then collect again"
+                )
             tensors = load_file(path)
             layout = {
                 key.removeprefix("layout."): value

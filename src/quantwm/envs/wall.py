@@ -87,7 +87,7 @@ class Wall:
         }
 
     def scripted(self, seeds: list[int], steps: int) -> tuple[FloatArray, FloatArray]:
-        """Trajectories of the scripted policies: states (B, steps + 1, 2), actions (B, steps, 2)."""
+        """The scripted policies: states (B, steps + 1, 2) and raw actions (B, steps, 2)."""
         return scripted(self, seeds, steps)
 
     @staticmethod
@@ -97,7 +97,7 @@ class Wall:
         The draw is the public code's, from `numpy.random.RandomState(seed)`; it does not look at
         the door.
         """
-        generator = np.random.RandomState(seed)  # noqa: NPY002  the stream that DINO-WM uses
+        generator = np.random.RandomState(seed)
         low, high = _BORDER_PADDING, BOARD - 1 - _BORDER_PADDING
         left = generator.uniform(low, wall_x - WALL_WIDTH // 2 - _PADDING)
         right = generator.uniform(wall_x + WALL_WIDTH // 2 + _PADDING, high)
@@ -198,10 +198,11 @@ class WallSimulation:
         """Current positions (B, 2)."""
         return self._states
 
-    def step(self, actions: FloatArray) -> FloatArray:
-        """Execute raw actions (B, T, 2); returns the positions after each, (B, T, 2)."""
-        visited = self._task.rollout(self._states, self._layout, actions)
-        self._states = visited[:, -1]
+    def step(self, index: npt.NDArray[np.intp], actions: FloatArray) -> FloatArray:
+        """Execute raw actions (len(index), T, 2); returns the positions after each."""
+        layout = {name: values[index] for name, values in self._layout.items()}
+        visited = self._task.rollout(self._states[index], layout, actions)
+        self._states[index] = visited[:, -1]
         return visited
 
 
@@ -281,16 +282,17 @@ def _hit_wall(
         x0 - border_hit_x, y0 - border_line
     )
     use_vertical = vertical & (~horizontal | nearer)
-    x = np.where(
-        use_vertical, wall_line + 0.5 * np.sign(x0 - wall_line), border_hit_x + 0.5
-    )
-    y = np.where(
-        use_vertical, wall_hit_y + 0.5, border_line + 0.5 * np.sign(y0 - border_line)
-    )
+    x = np.where(use_vertical, wall_line + 0.5 * np.sign(x0 - wall_line), border_hit_x + 0.5)
+    y = np.where(use_vertical, wall_hit_y + 0.5, border_line + 0.5 * np.sign(y0 - border_line))
     x = np.clip(x, left, right)
     y = np.clip(y, _LOW, _HIGH)
-    x = np.where(x <= left, left + 0.3, x)
-    x = np.where(x >= right, right - 0.3, x)
+    # The public code computes the step off the inner wall, whose position is an integer tensor,
+    # in float32, and the step off the borders in float64.
+    off_left, off_right = left + 0.3, right - 0.3
+    off_left = np.where(on_left, off_left, off_left.astype(np.float32))
+    off_right = np.where(on_left, off_right.astype(np.float32), off_right)
+    x = np.where(x <= left, off_left, x)
+    x = np.where(x >= right, off_right, x)
     y = np.where(y <= _LOW, _LOW + 0.3, y)
     y = np.where(y >= _HIGH, _HIGH - 0.3, y)
     return vertical | horizontal, np.stack([x, y], axis=-1)

@@ -44,7 +44,7 @@ def scripted(task: "Wall", seeds: list[int], steps: int) -> tuple[FloatArray, Fl
     """Trajectories of the scripted policies.
 
     Returns:
-        states (B, steps + 1, 2) float64 and raw float32 actions (B, steps, 2); trajectory i
+        states (B, steps + 1, 2) and raw actions (B, steps, 2), rounded to float32; trajectory i
         depends on `seeds[i]` alone.
     """
     layout = task.sample_layout(seeds)
@@ -58,7 +58,7 @@ def scripted(task: "Wall", seeds: list[int], steps: int) -> tuple[FloatArray, Fl
             )
         ]
     )
-    actions = np.empty((len(seeds), steps, 2), np.float32)
+    actions = np.empty((len(seeds), steps, 2))
     for i, (generator, kind) in enumerate(zip(generators, kinds, strict=True)):
         if kind == "planner":
             actions[i] = _correlated(generator, steps)
@@ -66,6 +66,8 @@ def scripted(task: "Wall", seeds: list[int], steps: int) -> tuple[FloatArray, Fl
             door = np.array([layout["wall_x"][i], layout["door_y"][i]], np.float64)
             through = door if kind == "door" else None
             actions[i] = _drift(generator, steps, start[i], through)
+    # Stored as float32, so executed as float32: the states then follow from what is stored.
+    actions = actions.astype(np.float32).astype(np.float64)
     visited = task.rollout(start, layout, actions)
     return np.concatenate([start[:, None], visited], axis=1), actions
 
@@ -89,11 +91,12 @@ def _drift(
     if through is not None:
         side = np.sign(through[0] - start[0]) or 1.0
         opening = through + np.array([0.0, generator.uniform(-3, 3)])
-        beyond = np.array(
-            [through[0] + side * generator.uniform(6, 20), generator.uniform(10, 54)]
-        )
-        waypoints = [opening - np.array([side * 3.5, 0]), opening + np.array([side * 3.5, 0]),
-                     beyond]
+        beyond = np.array([through[0] + side * generator.uniform(6, 20), generator.uniform(10, 54)])
+        waypoints = [
+            opening - np.array([side * 3.5, 0]),
+            opening + np.array([side * 3.5, 0]),
+            beyond,
+        ]
     heading = generator.uniform(0, 2 * np.pi)
     position = start.copy()
     actions = np.empty((steps, 2))

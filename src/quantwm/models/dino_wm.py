@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantwm.errors import NonFiniteError, UsageError, unknown_name
+from quantwm.errors import UsageError, unknown_name
 from quantwm.models.dinov2 import DINOv2
 from quantwm.models.predictor import Predictor
 from quantwm.protocols import ActionSpec, Latent, LinearGroup, Observation
@@ -139,7 +139,9 @@ class DINOWMConfig:
         for name in values:
             if name not in known:
                 raise unknown_name("world-model setting", name, known)
-        converted = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        converted: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         try:
             for name, kind in (("encoder", EncoderConfig), ("predictor", PredictorConfig)):
                 if isinstance(converted.get(name), Mapping):
@@ -212,7 +214,8 @@ class DINOWM(nn.Module):
         """Raw observations of (B, T) frames → {"visual": (B, T, P, D), "proprio": (B, T, E)}."""
         images = self.preprocess(observation["visual"]).to(self.dtype)
         batch, frames = images.shape[:2]
-        visual = self.encoder(images.flatten(0, 1)).unflatten(0, (batch, frames))
+        visual = cast(Tensor, self.encoder(images.flatten(0, 1)))
+        visual = visual.view(batch, frames, *visual.shape[1:])
         proprio = self.normalize_proprio(torch.as_tensor(observation["proprio"]))
         return {"visual": visual, "proprio": self.embed_proprio(proprio)}
 
@@ -272,7 +275,8 @@ class DINOWM(nn.Module):
     def predict(self, frames: Tensor) -> Tensor:
         """Tokens of T ≤ num_hist frames (rows, T, frame_tokens, width) → each one's successor."""
         count = frames.shape[1]
-        return cast(Tensor, self.predictor(frames.flatten(1, 2))).unflatten(1, (count, -1))
+        tokens = cast(Tensor, self.predictor(frames.flatten(1, 2)))
+        return tokens.view(len(frames), count, -1, tokens.shape[-1])
 
     def rollout(
         self, latent: Latent, actions: Tensor, *, last_only: bool = False
@@ -302,8 +306,8 @@ class DINOWM(nn.Module):
             if last_only:
                 del frames[: -self.config.num_hist]
         kept = frames[-1:] if last_only else frames
-        stacked = torch.stack(kept, dim=1).unflatten(0, (batch, candidates))
-        return self.split_tokens(stacked)
+        stacked = torch.stack(kept, dim=1)
+        return self.split_tokens(stacked.view(batch, candidates, *stacked.shape[1:]))
 
     def quantizable_groups(self) -> Sequence[LinearGroup]:
         """Four groups a block, then the optional patch embedding and attention operands."""
@@ -327,24 +331,13 @@ class DINOWM(nn.Module):
                 for name, norm in linears:
                     producer = f"{block}.{norm}" if norm else None
                     groups.append(
-                        LinearGroup(
-                            (f"{block}.{name}",), producer, block, tokens_per_frame=tokens
-                        )
+                        LinearGroup((f"{block}.{name}",), producer, block, tokens_per_frame=tokens)
                     )
                 groups.extend(
-                    LinearGroup(
-                        (f"{block}.attn.{tap}",), None, block, "attention_matmul", tokens
-                    )
+                    LinearGroup((f"{block}.attn.{tap}",), None, block, "attention_matmul", tokens)
                     for tap in ("q_input", "k_input", "p_input", "v_input")
                 )
         return groups
-
-
-def check_finite(latent: Mapping[str, Tensor], what: str) -> None:
-    """Raise NonFiniteError if any part holds NaN or infinity."""
-    for name, values in latent.items():
-        if not torch.isfinite(values).all():
-            raise NonFiniteError(f"{what}: the latent's {name!r} part is NaN or infinite")
 
 
 def _embed(conv: nn.Conv1d, values: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class DINOv2(nn.Module):
         return cast(Tensor, self.norm(tokens)[:, 1:])
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
-        """Position embedding (1, 1 + rows·columns, width), bicubically interpolated as Meta does."""
+        """Position embedding (1, 1 + rows·columns, width), bicubic as in Meta's code."""
         side = self.pretrained_grid
         if (rows, columns) == (side, side):
             return self.pos_embed

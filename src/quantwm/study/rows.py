@@ -12,11 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError
+from quantwm.evaluation import SCHEMA_VERSION, Row
 from quantwm.files import atomic_path
-
-Row: TypeAlias = dict[str, Any]
-
-SCHEMA_VERSION = 1
 
 _FLOATS = pa.list_(pa.float64())
 SCHEMA = pa.schema(
@@ -56,7 +53,7 @@ LABELS = ("cell", "arm")
 Upgrader: TypeAlias = Callable[[Row], Row]
 UPGRADERS: dict[int, Upgrader] = {}
 """How a row of schema version v becomes one of version v + 1, by v. A change of `SCHEMA` raises
-`SCHEMA_VERSION` and adds an entry here."""
+`evaluation.SCHEMA_VERSION` and adds an entry here."""
 
 
 def comparable(row: Mapping[str, Any]) -> Row:

@@ -31,6 +31,10 @@ class Batch:
     proprio: Tensor
     actions: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(self.visual.to(device), self.proprio.to(device), self.actions.to(device))
+
 
 class Windows:
     """All windows of `length` consecutive frames of a split.
@@ -52,8 +56,9 @@ class Windows:
     ) -> None:
         index = FrameIndex.every(config.frameskip, trajectories)
         first = np.concatenate([[0], np.cumsum(index.frames)[:-1]])
-        starts = [f + np.arange(max(0, n - length + 1)) for f, n in zip(first, index.frames,
-                                                                      strict=True)]
+        starts = [
+            f + np.arange(max(0, n - length + 1)) for f, n in zip(first, index.frames, strict=True)
+        ]
         self.starts = np.concatenate(starts)
         if len(self.starts) == 0:
             raise ValueError(f"no trajectory has {length} frames")

@@ -1,0 +1,125 @@
+"""Where and in which type a model computes, and what that says about its numbers."""
+
+import copy
+import functools
+import json
+import resource
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from quantwm.errors import UsageError, unknown_name
+from quantwm.protocols import WorldModel
+
+NUMERICS_VERSION = 1
+"""Raised whenever a change of this package moves the rows of an unchanged configuration."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Model = TypeVar("Model", bound=WorldModel)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU.
+
+    Raises:
+        UsageError: a device that torch does not know or that is not there.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: {error}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' was asked for, but torch sees no CUDA device")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device multiplies it natively, else float32.
+
+    Raises:
+        UsageError: a type other than float32 and bfloat16.
+    """
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, [*DTYPES, "auto"])
+    return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" or "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def placed(world_model: Model, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model in evaluation mode on `device` computing in `dtype`; the argument is unchanged.
+
+    A quantized model keeps its integer codes and float32 scales; only what it computes with is
+    cast.
+    """
+    return copy.deepcopy(world_model).to(device=device, dtype=dtype).eval()
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+@functools.cache
+def package_version() -> str:
+    """The installed version, "unknown" in a tree that was never installed."""
+    try:
+        return version("quantwm")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def source_commit() -> str | None:
+    """The git commit of the source tree that is running, "-dirty" with local changes, or None."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        dirty = git("status", "--porcelain", "--untracked-files=no", str(here))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return (f"{commit}-dirty" if dirty else commit) if tracked else None
+
+
+def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What produced a row: versions, commit, device, type, threads."""
+    return {
+        "quantwm": package_version(),
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "device": device.type,
+        "dtype": dtype_name(dtype),
+        "threads": torch.get_num_threads(),
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+def provenance_json(device: torch.device, dtype: torch.dtype) -> str:
+    """`provenance` as JSON."""
+    return json.dumps(provenance(device, dtype))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the CUDA device, or of this process so far, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

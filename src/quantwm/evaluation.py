@@ -1,0 +1,305 @@
+"""Closed-loop evaluation: plan, execute, count successes, one row an episode."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quantwm.compute import (
+    peak_memory_mb,
+    placed,
+    provenance_json,
+    resolve_device,
+    resolve_dtype,
+)
+from quantwm.envs import get_task
+from quantwm.errors import UsageError, unknown_name
+from quantwm.planning.defaults import default_iterations, default_planner
+from quantwm.planning.mpc import Trace, run_episodes
+from quantwm.planning.objective import Objective
+from quantwm.planning.rollout import ModelCost, ObservedCost, OracleLatentCost, OracleStateCost
+from quantwm.protocols import Episodes, Planner, Task, WorldModel
+from quantwm.seeds import SeedBlock, episode_seeds
+from quantwm.statistics import PairedDifference, paired_difference, wilson_interval
+
+SCHEMA_VERSION = 1
+Oracle: TypeAlias = Literal["oracle-state", "oracle-latent"]
+ORACLES: tuple[Oracle, ...] = ("oracle-state", "oracle-latent")
+Row: TypeAlias = dict[str, Any]
+Progress: TypeAlias = Callable[[int, int], None]
+"""(episode-iterations done, of how many); the second shrinks as episodes succeed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows of one arm, and what they say.
+
+    Attributes:
+        rows: one an episode, in episode order.
+        difference: against the baseline's rows, where a baseline was given.
+    """
+
+    rows: list[Row]
+    difference: PairedDifference | None = None
+
+    @property
+    def successes(self) -> list[bool]:
+        """Whether each episode succeeded."""
+        return [bool(row["success"]) for row in self.rows]
+
+    @property
+    def success(self) -> float:
+        """Success rate."""
+        return float(np.mean(self.successes))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95% interval of the success rate."""
+        return wilson_interval(sum(self.successes), len(self.rows))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        text = f"success {self.success:.2f} [{low:.2f}, {high:.2f}]"
+        if self.difference is None:
+            return text
+        d = self.difference
+        numbers = [
+            f"{v:+.2f}".replace("-", "\N{MINUS SIGN}") for v in (d.difference, d.low, d.high)
+        ]
+        return f"{text}, {numbers[0]} [{numbers[1]}, {numbers[2]}] against float"
+
+
+def evaluate(
+    world_model: WorldModel,
+    task: str | Task,
+    *,
+    episodes: int = 50,
+    seed: int = 1,
+    block: SeedBlock = "evaluation",
+    planner: Planner | None = None,
+    mpc_iterations: int | None = None,
+    baseline: WorldModel | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    batch_size: int | None = None,
+    arm: str = "model",
+    progress: Progress | None = None,
+) -> Outcome:
+    """Plan with a world model in closed loop.
+
+    Every call with the same block, seed and planner meets the same goals and the same noise, and
+    a row depends on its own episode alone.
+
+    Args:
+        world_model: float or quantized; left unchanged.
+        task: a task, or the name of one.
+        episodes: how many, 1 to 4,096.
+        seed, block: which.
+        planner: default: the compact settings for the task.
+        mpc_iterations: plans an episode gets at most; default 6.
+        baseline: evaluated alike, to compare with pair by pair.
+        device, dtype: "auto" takes a GPU where there is one, and bfloat16 where it is native.
+        batch_size: episodes planned together; default all. Changes no row.
+        arm: the rows' label.
+        progress: called after each MPC iteration.
+
+    Raises:
+        UsageError: an unknown name or a number out of range.
+        MissingStatisticsError: the model carries no action statistics.
+    """
+    settings = _Settings.resolve(
+        task, episodes, seed, block, planner, mpc_iterations, device, dtype, batch_size
+    )
+    placed_model = placed(world_model, settings.device, settings.dtype)
+    objective = Objective(world_model.objective_weights)
+
+    def cost(batch: Episodes) -> ObservedCost:
+        return ModelCost(placed_model, settings.task, batch, objective)
+
+    rows = _run(settings, cost, placed_model, arm, progress)
+    if baseline is None:
+        return Outcome(rows)
+    reference = evaluate(
+        baseline,
+        settings.task,
+        episodes=episodes,
+        seed=seed,
+        block=block,
+        planner=settings.planner,
+        mpc_iterations=settings.iterations,
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_size=batch_size,
+        arm="baseline",
+        progress=progress,
+    )
+    own = [bool(row["success"]) for row in rows]
+    return Outcome(rows, paired_difference(own, reference.successes))
+
+
+def evaluate_oracle(
+    kind: Oracle,
+    task: str | Task,
+    *,
+    world_model: WorldModel,
+    episodes: int = 50,
+    seed: int = 1,
+    block: SeedBlock = "evaluation",
+    planner: Planner | None = None,
+    mpc_iterations: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    batch_size: int | None = None,
+    arm: str | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Plan with the simulator instead of the model, on the same goals with the same noise.
+
+    Args:
+        kind: "oracle-state" minimises the true distance to the goal; "oracle-latent" encodes the
+            true final frame and minimises the model's own objective.
+        world_model: gives the action statistics, and encoder and objective for "oracle-latent".
+
+    Other arguments and errors as in `evaluate`.
+    """
+    if kind not in ORACLES:
+        raise unknown_name("oracle", kind, ORACLES)
+    settings = _Settings.resolve(
+        task, episodes, seed, block, planner, mpc_iterations, device, dtype, batch_size
+    )
+    placed_model = placed(world_model, settings.device, settings.dtype)
+    objective = Objective(world_model.objective_weights)
+
+    def cost(batch: Episodes) -> ObservedCost:
+        if kind == "oracle-state":
+            return OracleStateCost(settings.task, batch, world_model.action_spec)
+        return OracleLatentCost(placed_model, settings.task, batch, objective)
+
+    return Outcome(_run(settings, cost, placed_model, arm or kind, progress))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments that `evaluate` and `evaluate_oracle` share, resolved."""
+
+    task: Task
+    seeds: Sequence[int]
+    seed: int
+    block: SeedBlock
+    planner: Planner
+    iterations: int
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+
+    @classmethod
+    def resolve(
+        cls,
+        task: str | Task,
+        episodes: int,
+        seed: int,
+        block: SeedBlock,
+        planner: Planner | None,
+        iterations: int | None,
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+        batch_size: int | None,
+    ) -> "_Settings":
+        resolved_task = get_task(task) if isinstance(task, str) else task
+        resolved_device = resolve_device(device)
+        iterations = default_iterations() if iterations is None else iterations
+        batch_size = episodes if batch_size is None else batch_size
+        if iterations < 1 or batch_size < 1:
+            raise UsageError(
+                f"mpc_iterations and batch_size must be at least 1, got {iterations}, {batch_size}"
+            )
+        return cls(
+            resolved_task,
+            episode_seeds(block, seed, episodes),
+            seed,
+            block,
+            planner or default_planner(resolved_task.name),
+            iterations,
+            resolved_device,
+            resolve_dtype(dtype, resolved_device),
+            batch_size,
+        )
+
+
+def _run(
+    settings: _Settings,
+    cost: Callable[[Episodes], ObservedCost],
+    world_model: WorldModel,
+    arm: str,
+    progress: Progress | None,
+) -> list[Row]:
+    episodes = settings.task.episodes(settings.seeds)
+    rows: list[Row] = []
+    finished, waiting = 0, len(episodes)
+    for begin in range(0, len(episodes), settings.batch_size):
+        index = np.arange(begin, min(begin + settings.batch_size, len(episodes)))
+        batch = episodes.select(index)
+        waiting -= len(index)
+        last = (0, 0)
+
+        def report(done: int, total: int, finished: int = finished, waiting: int = waiting) -> None:
+            nonlocal last
+            last = (done, total)
+            if progress is not None:
+                progress(finished + done, finished + total + waiting * settings.iterations)
+
+        traces = run_episodes(
+            settings.task,
+            batch,
+            cost(batch),
+            settings.planner,
+            world_model.action_spec,
+            settings.iterations,
+            progress=report,
+        )
+        finished += last[0]
+        rows += [
+            _row(settings, batch, position, int(episode), trace, arm)
+            for position, (episode, trace) in enumerate(zip(index, traces, strict=True))
+        ]
+    return rows
+
+
+def _row(
+    settings: _Settings, episodes: Episodes, position: int, episode: int, trace: Trace, arm: str
+) -> Row:
+    reached = trace.success + [trace.success[-1]] * (settings.iterations - trace.iterations)
+    success = trace.success[-1]
+    layout = {name: values[position].item() for name, values in episodes.layout.items()}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "cell": "",
+        "arm": arm,
+        "task": settings.task.name,
+        "layout": json.dumps(layout, sort_keys=True),
+        "block": settings.block,
+        "seed": settings.seed,
+        "episode": episode,
+        "episode_seed": int(episodes.seeds[position]),
+        "success": success,
+        "success_by_iteration": reached,
+        "first_success": trace.success.index(True) if success else None,
+        "iterations": trace.iterations,
+        "failure": None if success else (trace.failure or "not_reached"),
+        "final_distance": trace.distance[-1],
+        "distance_by_iteration": trace.distance,
+        "cost_by_iteration": trace.cost,
+        "states": [_floats(state) for state in trace.states],
+        "goal": _floats(episodes.goal[position]),
+        "plan_seconds": trace.plan_seconds,
+        "peak_memory_mb": peak_memory_mb(settings.device),
+        "provenance": provenance_json(settings.device, settings.dtype),
+    }
+
+
+def _floats(values: npt.NDArray[Any]) -> list[float]:
+    return [float(value) for value in values]

@@ -1,0 +1,234 @@
+"""What the report shows of each arm, and which arm and episode the filmstrip follows."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from quantwm.errors import MismatchError, UsageError
+from quantwm.statistics import PairedDifference, separable
+
+Row: TypeAlias = Mapping[str, Any]
+"""One episode of one arm: the columns of `episodes.parquet`."""
+
+Role: TypeAlias = Literal["float", "quantized", "oracle"]
+Verdict: TypeAlias = Literal["reference", "lower", "higher", "not separable", "not compared"]
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the summary.
+
+    Attributes:
+        success, low, high: success rate and its Wilson 95% interval.
+        difference: against float on the same episodes; None for float itself and where the
+            study did not compare.
+        first_success_median: MPC iterations; None if no episode succeeded.
+        bytes: of the stored model; oracle arms have none.
+        curve: success rate after MPC iteration 0, 1, ... to the maximum; empty without rows.
+        failures: the arm's rows that failed.
+    """
+
+    name: str
+    role: Role
+    episodes: int
+    success: float
+    low: float
+    high: float
+    difference: PairedDifference | None
+    first_success_median: float | None
+    bytes: int | None
+    seconds: float | None
+    note: str
+    curve: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def successes(self) -> int:
+        """Episodes that succeeded."""
+        return round(self.success * self.episodes)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """Rows of the episodes that failed."""
+        return tuple(row for row in self.rows if not row["success"])
+
+    @property
+    def verdict(self) -> Verdict:
+        """How the arm compares with float, as far as its interval supports it."""
+        if self.role == "float":
+            return "reference"
+        if self.difference is None:
+            return "not compared"
+        if not separable(self.difference):
+            return "not separable"
+        return "lower" if self.difference.difference < 0 else "higher"
+
+
+def arms_of(
+    rows: Sequence[Row], summary: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> list[Arm]:
+    """Arms in the order shown: float, the quantized arms as the summary has them, the oracles.
+
+    Args:
+        rows: episodes, as in `episodes.parquet`.
+        summary: one mapping an arm, as in `summary.csv`; absent values are None, NaN or "".
+        config: the resolved study; its arms say of which kind each is.
+
+    Raises:
+        UsageError: no arm at all.
+        MismatchError: the summary does not belong to the rows.
+    """
+    if not summary:
+        raise UsageError("the summary has no arm, so there is nothing to report; run the study")
+    by_arm: dict[str, list[Row]] = {str(line["arm"]): [] for line in summary}
+    for row in rows:
+        if row["arm"] not in by_arm:
+            raise MismatchError(
+                f"there are episodes of arm {row['arm']!r}, which the summary lacks; "
+                "run the study again to rewrite the summary"
+            )
+        by_arm[row["arm"]].append(row)
+    roles = _roles(by_arm, config)
+    reference = next((by_arm[name] for name, role in roles.items() if role == "float"), [])
+    arms = [
+        _arm(line, by_arm[name], roles[name], reference)
+        for name, line in zip(by_arm, summary, strict=True)
+    ]
+    order: tuple[Role, ...] = ("float", "quantized", "oracle")
+    return sorted(arms, key=lambda arm: order.index(arm.role))
+
+
+def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Role]:
+    """Each arm's role: by its kind in the configuration, else by its name.
+
+    Only the first float arm is the one that others are compared with.
+    """
+    listed = [arm for arm in config.get("arms") or () if isinstance(arm, Mapping)]
+    kinds = {str(arm["name"]): str(arm.get("kind", "quantized")) for arm in listed}
+    roles: dict[str, Role] = {}
+    for name in names:
+        kind = kinds.get(name, name)
+        if kind.startswith("oracle-"):
+            roles[name] = "oracle"
+        else:
+            first = kind == "float" and "float" not in roles.values()
+            roles[name] = "float" if first else "quantized"
+    return roles
+
+
+def worst_arm(arms: Sequence[Arm]) -> Arm | None:
+    """The quantized arm with the least success; of equals, the one that ends farthest away."""
+
+    def key(arm: Arm) -> tuple[float, float]:
+        distances = [number(row["final_distance"]) for row in arm.rows]
+        finite = [distance for distance in distances if distance is not None]
+        return arm.success, -statistics.fmean(finite) if finite else -math.inf
+
+    candidates = [arm for arm in arms if arm.role == "quantized" and arm.rows]
+    return min(candidates, key=key) if candidates else None
+
+
+@dataclass(frozen=True)
+class EpisodeChoice:
+    """The episode that the filmstrip shows, and how it was chosen, as a sentence's part."""
+
+    episode: int
+    reason: str
+
+
+def choose_episode(shown: Sequence[Arm]) -> EpisodeChoice | None:
+    """The first episode that the first arm solves and the last one fails, if there is one.
+
+    Args:
+        shown: one arm or two (float, worst).
+
+    Returns:
+        None if the arms have no episode in common.
+    """
+    solved = [{int(row["episode"]): bool(row["success"]) for row in arm.rows} for arm in shown]
+    common = sorted(set.intersection(*(set(one) for one in solved))) if solved else []
+    if not common:
+        return None
+    if len(shown) == 1:
+        return EpisodeChoice(common[0], "the first one")
+    reference, worst = solved[0], solved[-1]
+    names = f"{shown[0].name} solves and {shown[-1].name} fails"
+    telling = [episode for episode in common if reference[episode] and not worst[episode]]
+    if telling:
+        return EpisodeChoice(telling[0], f"the first of {len(telling)} that {names}")
+    return EpisodeChoice(common[0], f"the first one; there is none that {names}")
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for what is absent: None, "", NaN and infinities."""
+    if value is None or value == "":
+        return None
+    result = float(str(value))
+    return result if math.isfinite(result) else None
+
+
+def _arm(line: Mapping[str, Any], rows: Sequence[Row], role: Role, reference: Sequence[Row]) -> Arm:
+    name = str(line["arm"])
+    success, low, high = (_required(line, column) for column in ("success", "low", "high"))
+    seen = sum(bool(row["success"]) for row in rows) / len(rows) if rows else success
+    if abs(seen - success) > _TOLERANCE:
+        raise MismatchError(
+            f"arm {name!r}: the summary says success {success:.4f}, its episodes say "
+            f"{seen:.4f}; run the study again to rewrite the summary"
+        )
+    stored = number(line.get("bytes"))
+    return Arm(
+        name=name,
+        role=role,
+        episodes=int(_required(line, "episodes")),
+        success=success,
+        low=low,
+        high=high,
+        difference=_difference(line, rows, reference),
+        first_success_median=number(line.get("first_success_median")),
+        bytes=None if stored is None else int(stored),
+        seconds=number(line.get("seconds")),
+        note=str(line.get("note") or ""),
+        curve=_curve(rows),
+        rows=tuple(sorted(rows, key=lambda row: int(row["episode"]))),
+    )
+
+
+def _required(line: Mapping[str, Any], column: str) -> float:
+    value = number(line.get(column))
+    if value is None:
+        raise MismatchError(
+            f"arm {line['arm']!r}: the summary has no {column}; run the study again"
+        )
+    return value
+
+
+def _difference(
+    line: Mapping[str, Any], rows: Sequence[Row], reference: Sequence[Row]
+) -> PairedDifference | None:
+    value = number(line.get("difference"))
+    low, high = number(line.get("difference_low")), number(line.get("difference_high"))
+    if value is None or low is None or high is None:
+        return None
+    p_value = number(line.get("p_value"))
+    key = "episode_seed"
+    solved = {row[key]: bool(row["success"]) for row in reference}
+    pairs = [(bool(row["success"]), solved[row[key]]) for row in rows if row[key] in solved]
+    return PairedDifference(
+        difference=value,
+        low=low,
+        high=high,
+        p_value=math.nan if p_value is None else p_value,  # without it nothing is separable
+        wins=pairs.count((True, False)),
+        losses=pairs.count((False, True)),
+        n=len(pairs),
+    )
+
+
+def _curve(rows: Sequence[Row]) -> tuple[float, ...]:
+    columns = zip(*(row["success_by_iteration"] for row in rows), strict=True)
+    return tuple(sum(map(bool, column)) / len(rows) for column in columns)

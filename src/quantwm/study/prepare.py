@@ -1,0 +1,203 @@
+"""From a study's settings to its cells: everything that can be checked before any compute."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quantwm.compute import NUMERICS_VERSION, dtype_name, resolve_device, resolve_dtype
+from quantwm.envs import get_task
+from quantwm.errors import MismatchError
+from quantwm.fingerprint import model_hash
+from quantwm.models.bundled import load
+from quantwm.planning.cem import CEM
+from quantwm.planning.defaults import default_planner
+from quantwm.protocols import Planner, Task, WorldModel
+from quantwm.study.arms import Arm, resolve_arms
+from quantwm.study.cells import Cell, calibration_id
+from quantwm.study.spec import StudySpec
+
+UNDEFINING = ("version", "name", "model", "arms", "gate")
+"""Settings that may change within one results folder; the model counts by its hash."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study that is ready to run.
+
+    Attributes:
+        spec: the study with nothing left to choose: device, dtype, threads and all settings of
+            task and planner.
+        world_model, task, planner: the objects it names.
+        model_hash: of the float model.
+        device: where to compute, with an index where the user gave one.
+        cells: arm's name → its cell, in the study's order.
+        calibration: id of the calibration that the study's calibrated arms share.
+    """
+
+    spec: StudySpec
+    world_model: WorldModel
+    task: Task
+    planner: Planner
+    model_hash: str
+    device: torch.device
+    cells: Mapping[str, Cell]
+    calibration: str
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name."""
+        return next(arm for arm in self.spec.arms if arm.name == name)
+
+    @property
+    def float_arm(self) -> str | None:
+        """Name of the arm that others are compared with: the first float one, if any."""
+        return next((arm.name for arm in self.spec.arms if arm.kind == "float"), None)
+
+    def definition(self) -> dict[str, Any]:
+        """What fixes the rows of every arm, as flat dotted keys: one results folder holds one."""
+        return definition(self.spec.to_dict(), self.model_hash, NUMERICS_VERSION)
+
+
+def prepare(
+    spec: StudySpec,
+    *,
+    world_model: WorldModel | None = None,
+    task: Task | None = None,
+    planner: Planner | None = None,
+) -> Prepared:
+    """Load the model, build task and planner, and resolve every arm to its cell.
+
+    Args:
+        spec: the study.
+        world_model, task, planner: used in place of the ones that the study names.
+
+    Raises:
+        UsageError: something in the study is wrong; a `PlanError` lists the arms' problems.
+    """
+    task = task if task is not None else build_task(spec.task)
+    planner = planner if planner is not None else build_planner(spec.planner, task.name)
+    device = resolve_device(spec.device)
+    if world_model is None:
+        world_model = load(spec.model, device=str(device))
+    resolved = resolve_arms(spec.arms, world_model)
+    spec = replace(
+        spec,
+        task=task.settings() | {"name": task.name},
+        planner=planner.settings(),
+        device=device.type,
+        dtype=dtype_name(resolve_dtype(spec.dtype, device)),
+        threads=spec.threads or torch.get_num_threads(),
+    )
+    fingerprint = model_hash(world_model)
+    shared = _shared(spec, fingerprint)
+    calibration = calibration_id(vars(spec.calibration), shared)
+    cells = {arm.name: _cell(arm, resolved[arm.name], calibration, shared) for arm in spec.arms}
+    return Prepared(spec, world_model, task, planner, fingerprint, device, cells, calibration)
+
+
+def build_task(settings: Mapping[str, Any]) -> Task:
+    """The task of a study's settings, which may be those that `Task.settings` gave.
+
+    Raises:
+        UsageError: an unknown task or setting.
+        MismatchError: the settings are of another version of the task.
+    """
+    values = dict(settings)
+    name, version = values.pop("name"), values.pop("version", None)
+    task = get_task(name, **values)
+    current = task.settings().get("version")
+    if version not in (None, current):
+        raise MismatchError(
+            f"the study is of version {version} of task {name!r}, this quantwm has {current}; "
+            "drop the version to run it as it is now, or install the quantwm that wrote the study"
+        )
+    return task
+
+
+def build_planner(settings: Mapping[str, Any], task: str) -> Planner:
+    """The default planner of a task with these settings changed; `preset` picks which default.
+
+    Raises:
+        UsageError: an unknown setting or a bad value.
+    """
+    values = dict(settings)
+    default = default_planner(task, values.pop("preset", "compact"))
+    return CEM.from_settings(default.settings() | values)
+
+
+def definition(values: Mapping[str, Any], model: str, numerics: int) -> dict[str, Any]:
+    """Flat dotted keys of a study's plain values, without those that may change."""
+    flat: dict[str, Any] = {"model_hash": model, "numerics": numerics}
+    for key, value in values.items():
+        if key in UNDEFINING:
+            continue
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def check_same_study(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: str) -> None:
+    """Refuse a results folder of another study.
+
+    Args:
+        found, wanted: `definition` of the folder and of this study.
+        folder: for the message.
+
+    Raises:
+        MismatchError: lists the keys that differ, with both values.
+    """
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if not keys:
+        return
+    listed = "\n".join(
+        f"  {key}: the folder has {_shown(found, key)}, this study {_shown(wanted, key)}"
+        for key in keys
+    )
+    raise MismatchError(
+        f"{folder} holds the results of another configuration:\n{listed}\n"
+        "Give another folder (--out), or set these as the folder has them. Arms, gate and name "
+        "may change within one folder, nothing else."
+    )
+
+
+def _shared(spec: StudySpec, fingerprint: str) -> dict[str, Any]:
+    """What all cells of a study have in common."""
+    return {
+        "model": fingerprint,
+        "task": dict(spec.task),
+        "planner": dict(spec.planner),
+        "mpc_iterations": spec.mpc_iterations,
+        "episodes": spec.episodes,
+        "block": spec.block,
+        "seed": spec.seed,
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "threads": spec.threads,
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+def _cell(arm: Arm, layers: Mapping[str, Any], calibration: str, shared: Mapping[str, Any]) -> Cell:
+    if arm.plan is None or not layers:
+        kind = "float" if arm.plan is not None else arm.kind
+        return Cell(kind=kind, plan={}, method=None, options={}, calibration=None, **shared)
+    return Cell(
+        kind="quantized",
+        plan={name: str(scheme) for name, scheme in layers.items()},
+        method=arm.plan.method,
+        options=arm.plan.to_dict()["options"],
+        calibration=calibration if needs_calibration(arm, layers) else None,
+        **shared,
+    )
+
+
+def needs_calibration(arm: Arm, layers: Mapping[str, Any]) -> bool:
+    """Whether an arm's scales or method come from calibration data."""
+    return any(s.activation is not None and s.activation.static for s in layers.values())
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "nothing"

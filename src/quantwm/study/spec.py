@@ -1,0 +1,247 @@
+"""A study as a YAML file: which arms plan in which task, and under which settings."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantwm.compute import DTYPES
+from quantwm.errors import UsageError, unknown_name
+from quantwm.seeds import BLOCKS, MAX_EPISODES, MAX_SEED, SeedBlock
+from quantwm.study.arms import Arm, parse_arms
+
+VERSION = 1
+RECORD = "record"
+"""Key under which a results folder's `config.yaml` notes where it ran; no part of the study."""
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How the arms that need it are calibrated.
+
+    Attributes:
+        episodes: calibration episodes that the float model plans in.
+        samples: observations with a candidate rollout kept of them.
+        seed: of the calibration block, which no evaluation meets.
+    """
+
+    episodes: int = 8
+    samples: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("calibration.episodes", self.episodes, 1, MAX_EPISODES)
+        _check_integer("calibration.samples", self.samples, 1)
+        _check_integer("calibration.seed", self.seed, 0, MAX_SEED - 1)
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """A study, validated.
+
+    Attributes:
+        task: the task's name, and settings such as its layout: {"name": "wall", "door_y": 20}.
+        model: name of a bundled world model, or the folder of one.
+        arms: what is compared, in the order of the tables.
+        name: of the study; a label.
+        episodes: episodes an arm; every arm meets the same.
+        seed: which episodes of the block.
+        block: the seed block (`quantwm.seeds.BLOCKS`).
+        mpc_iterations: replans an episode at most.
+        planner: planner settings that differ from the default planner of the task; the key
+            `preset` ("compact" or "paper") picks which default.
+        calibration: for the arms that need one.
+        dtype, device: compute type and device; "auto" picks (`quantwm.evaluation`).
+        threads: CPU threads of torch; None leaves torch's own number.
+        gate: the least success of the float arm that other arms are compared with; 0 turns the
+            gate off. It counts only where the study has a float arm.
+    """
+
+    task: Mapping[str, Any]
+    model: str
+    arms: tuple[Arm, ...]
+    name: str = "study"
+    episodes: int = 50
+    seed: int = 1
+    block: SeedBlock = "evaluation"
+    mpc_iterations: int = 10
+    planner: Mapping[str, Any] = field(default_factory=dict)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    gate: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task.get("name"), str):
+            raise UsageError(f"task needs a name, got {dict(self.task)!r}")
+        _check_text("model", self.model)
+        _check_text("name", self.name)
+        _check_integer("episodes", self.episodes, 1, MAX_EPISODES)
+        _check_integer("seed", self.seed, 0, MAX_SEED - 1)
+        _check_integer("mpc_iterations", self.mpc_iterations, 1)
+        if self.block not in BLOCKS:
+            raise unknown_name("seed block", str(self.block), BLOCKS)
+        if self.threads is not None:
+            _check_integer("threads", self.threads, 1)
+        if self.dtype not in ("auto", *DTYPES):
+            raise unknown_name("dtype", str(self.dtype), ("auto", *DTYPES))
+        if str(self.device).partition(":")[0] not in DEVICES:
+            raise unknown_name("device", str(self.device), DEVICES)
+        if not _is_number(self.gate) or not 0 <= self.gate <= 1:
+            raise UsageError(f"gate must be a success rate, 0 to 1, got {self.gate!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StudySpec":
+        """A study from plain values, as `to_dict` gives them or a person writes them.
+
+        Short forms are taken: the task's name alone, arms as strings, no version.
+
+        Raises:
+            UsageError: an unknown key (with the nearest known), a missing one, or a bad value.
+        """
+        values = {key: value for key, value in values.items() if key != RECORD}
+        version = values.pop("version", VERSION)
+        if version != VERSION:
+            raise UsageError(
+                f"the study has version {version!r}, this quantwm reads {VERSION}; "
+                "install the quantwm that wrote it"
+            )
+        known = [one.name for one in fields(cls)]
+        _check_keys("study setting", values, known)
+        for required in ("task", "model", "arms"):
+            if required not in values:
+                raise UsageError(f"the study lacks {required!r}")
+        task = values["task"]
+        values["task"] = {"name": task} if isinstance(task, str) else _mapping("task", task)
+        values["planner"] = _mapping("planner", values.get("planner", {}))
+        calibration = _mapping("calibration", values.get("calibration", {}))
+        _check_keys(
+            "calibration setting", calibration, [one.name for one in fields(CalibrationSettings)]
+        )
+        values["calibration"] = CalibrationSettings(**calibration)
+        values["arms"] = parse_arms(values["arms"])
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "StudySpec":
+        """Read a study file; a results folder's `config.yaml` is one.
+
+        Raises:
+            UsageError: the file is missing, no YAML mapping, or a setting is wrong.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise UsageError(f"cannot read the study {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is no YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} must map settings to values, as in 'episodes: 16'")
+        try:
+            return cls.from_dict(values)
+        except UsageError as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting in its full form, as YAML and JSON values."""
+        values: dict[str, Any] = {"version": VERSION, "name": self.name}
+        for one in fields(self):
+            values.setdefault(one.name, getattr(self, one.name))
+        values["task"], values["planner"] = dict(self.task), dict(self.planner)
+        values["arms"] = [arm.to_dict() for arm in self.arms]
+        values["calibration"] = dict(vars(self.calibration))
+        return values
+
+    def to_yaml(self) -> str:
+        """The study as the text of a YAML file, every setting in its full form."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
+
+    def with_overrides(self, overrides: Iterable[str]) -> "StudySpec":
+        """The study with settings replaced, each given as `key=value`.
+
+        Keys are those of the YAML file, dotted where nested (`planner.samples=64`,
+        `task.door_y=20`); values are YAML. `arms=float,w4,w2` gives another list of arms.
+
+        Raises:
+            UsageError: no `=`, an unknown key (with the nearest known), or a bad value.
+        """
+        values = self.to_dict()
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals or not key.strip():
+                raise UsageError(f"an override is KEY=VALUE, such as episodes=32; got {override!r}")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"override {override!r}: the value is no YAML") from error
+            _override(values, key.strip().split("."), value)
+        return StudySpec.from_dict(values)
+
+
+def presets() -> list[str]:
+    """Names of the studies that ship with quantwm."""
+    folder = resources.files("quantwm.study") / "presets"
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_preset(name: str, task: str) -> StudySpec:
+    """A study that ships with quantwm, for a task and the world model bundled for it.
+
+    Raises:
+        UsageError: no such preset; lists what exists.
+    """
+    if name not in presets():
+        raise unknown_name("preset", name, presets())
+    text = (resources.files("quantwm.study") / "presets" / f"{name}.yaml").read_text()
+    return StudySpec.from_dict(yaml.safe_load(text) | {"task": task, "model": task})
+
+
+def _override(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a dotted key; a whole mapping may be replaced, `task=NAME` stays a short form."""
+    head, *rest = path
+    known = [one.name for one in fields(StudySpec)]
+    if head not in known:
+        raise unknown_name("study setting", head, known)
+    if not rest:
+        values[head] = value
+        return
+    inner = values[head]
+    if head not in ("task", "planner", "calibration") or not isinstance(inner, dict):
+        raise UsageError(f"{'.'.join(path)!r}: {head!r} holds no settings of its own")
+    inner[".".join(rest)] = value
+
+
+def _check_keys(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise unknown_name(kind, str(key), known)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} must map settings to values, got {value!r}")
+    return dict(value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} must be a text, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Accept an integer in range; `True` and 1.0 are none."""
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    right = isinstance(value, int) and not isinstance(value, bool)
+    if not right or value < least or (most is not None and value > most):
+        raise UsageError(f"{name} must be an integer, {wanted}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

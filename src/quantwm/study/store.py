@@ -1,0 +1,246 @@
+"""The results folder of a study: one file a finished cell, and the tables made from them.
+
+    cells/<id>.json           one finished cell; its own SHA-256 inside
+    config.yaml               the study, all resolved, and where it ran; itself a study file
+    calibration.safetensors   what calibrated arms were calibrated on
+    episodes.parquet          one row an episode
+    summary.csv               one row an arm
+    report.html               written by the command line from the files above
+
+Every file appears whole or not at all. A cell's file that is cut off or edited is set aside as
+`<id>.json.corrupt-N` and its cell counts as missing.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantwm.errors import CorruptFileError, MismatchError, QuantWMError
+from quantwm.files import atomic_path, write_json
+from quantwm.study.cells import canonical_json
+from quantwm.study.rows import Row, decode_row, encode_row, write_parquet
+
+logger = logging.getLogger(__name__)
+
+CELL_FORMAT = 1
+CONFIG = "config.yaml"
+EPISODES = "episodes.parquet"
+SUMMARY = "summary.csv"
+CALIBRATION = "calibration.safetensors"
+REPORT = "report.html"
+_CELL_KEYS = {"sha256", "format", "id", "cell", "bytes", "seconds", "rows"}
+OUTPUTS = (CONFIG, EPISODES, SUMMARY, CALIBRATION, REPORT)
+
+
+@dataclass(frozen=True)
+class FinishedCell:
+    """The result of a cell, as its file holds it.
+
+    Attributes:
+        id: the cell's id.
+        cell: the cell as JSON values.
+        rows: one an episode, as `encode_row` makes them, without cell and arm.
+        bytes: stored bytes of the arm's model; None for the oracles.
+        seconds: wall-clock time of the evaluation (a measurement).
+    """
+
+    id: str
+    cell: Mapping[str, Any]
+    rows: Sequence[Row] = field(repr=False)
+    bytes: int | None
+    seconds: float
+
+    @classmethod
+    def from_rows(
+        cls,
+        id: str,
+        cell: Mapping[str, Any],
+        rows: Sequence[Row],
+        *,
+        bytes: int | None,
+        seconds: float,
+    ) -> "FinishedCell":
+        """A cell's result from the rows of an evaluation."""
+        return cls(id, cell, [encode_row(row) for row in rows], bytes, seconds)
+
+    def labelled(self, arm: str) -> list[Row]:
+        """The rows of the current schema, under an arm's name."""
+        return [decode_row(row, cell=self.id, arm=arm) for row in self.rows]
+
+
+class ResultsFolder:
+    """Reads and writes a results folder; creates it with the first file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def calibration(self) -> Path:
+        """Where the calibration lies."""
+        return self.path / CALIBRATION
+
+    def cell_path(self, id: str) -> Path:
+        """Where a finished cell lies."""
+        return self.path / "cells" / f"{id}.json"
+
+    def save_cell(self, finished: FinishedCell) -> None:
+        """Write a finished cell atomically.
+
+        Raises:
+            QuantWMError: the folder cannot be written.
+        """
+        content = {
+            "format": CELL_FORMAT,
+            "id": finished.id,
+            "cell": dict(finished.cell),
+            "bytes": finished.bytes,
+            "seconds": finished.seconds,
+            "rows": list(finished.rows),
+        }
+        write_json(self.cell_path(finished.id), {"sha256": _digest(content)} | content)
+
+    def load_cell(self, id: str) -> FinishedCell | None:
+        """A finished cell; None if its file is missing, or damaged and now set aside.
+
+        Raises:
+            MismatchError: a newer quantwm wrote the file.
+        """
+        path = self.cell_path(id)
+        try:
+            content = _read_cell(path, id)
+        except FileNotFoundError:
+            return None
+        except CorruptFileError as error:
+            aside = set_aside(path)
+            logger.warning("%s; set aside as %s, the cell runs again", error, aside.name)
+            return None
+        return FinishedCell(
+            id, content["cell"], content["rows"], content["bytes"], content["seconds"]
+        )
+
+    def read_config(self) -> dict[str, Any] | None:
+        """What `config.yaml` holds; None if there is none.
+
+        Raises:
+            CorruptFileError: it is no YAML mapping.
+        """
+        path = self.path / CONFIG
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CorruptFileError(_unreadable_config(path, str(error))) from error
+        if not isinstance(config, dict):
+            raise CorruptFileError(_unreadable_config(path, "not a mapping"))
+        return config
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml` atomically."""
+        with atomic_path(self.path / CONFIG) as temporary:
+            temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False, width=100))
+
+    def write_episodes(self, rows: Sequence[Row]) -> None:
+        """Write `episodes.parquet` atomically."""
+        write_parquet(self.path / EPISODES, rows)
+
+    def write_summary(self, rows: Sequence[Row], columns: Sequence[str]) -> None:
+        """Write `summary.csv` atomically; what is not known is an empty field."""
+        with (
+            atomic_path(self.path / SUMMARY) as temporary,
+            temporary.open("w", newline="") as handle,
+        ):
+            writer = csv.DictWriter(handle, fieldnames=list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def check_usable(self) -> None:
+        """Refuse a folder with files that a study would overwrite but did not write.
+
+        Raises:
+            MismatchError: names the files.
+        """
+        if (self.path / CONFIG).exists() or (self.path / "cells").is_dir():
+            return
+        foreign = [name for name in OUTPUTS if (self.path / name).exists()]
+        if foreign:
+            raise MismatchError(
+                f"{self.path} is no results folder (no {CONFIG}, no cells) but holds "
+                f"{', '.join(foreign)}, which a study would overwrite; give another folder"
+            )
+
+    def check_writable(self) -> None:
+        """Find out before any compute that nothing could be stored.
+
+        Raises:
+            QuantWMError: the folder cannot be created or written.
+        """
+        with atomic_path(self.path / ".writable") as temporary:
+            temporary.write_text("")
+        (self.path / ".writable").unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to the first free `<name>.corrupt-N`; returns the new path.
+
+    Raises:
+        QuantWMError: the folder cannot be written.
+    """
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise QuantWMError(
+            f"{path} is damaged and cannot be set aside: {error.strerror or error}; "
+            "check that the folder is writable"
+        ) from error
+    return aside
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    try:
+        return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    except ValueError:  # A NaN, which no file of ours holds.
+        return ""
+
+
+def _read_cell(path: Path, id: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, IsADirectoryError) as error:
+        raise CorruptFileError(f"{path} is cut off or no JSON ({error})") from error
+    except NotADirectoryError:
+        raise FileNotFoundError(path) from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise QuantWMError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(content, dict) or not _CELL_KEYS <= content.keys():
+        raise CorruptFileError(f"{path} is no cell of a study")
+    if content["sha256"] != _digest(content):
+        raise CorruptFileError(f"{path} does not match its checksum")
+    if content["format"] > CELL_FORMAT:
+        raise MismatchError(
+            f"{path} has format {content['format']}, this quantwm reads up to {CELL_FORMAT}; "
+            "install the newer quantwm that wrote it, or give another folder"
+        )
+    if content["id"] != id:
+        raise CorruptFileError(f"{path} holds the cell {content['id']}")
+    return content
+
+
+def _unreadable_config(path: Path, reason: str) -> str:
+    return (
+        f"cannot read {path}: {reason}; delete it to go on (finished cells are kept, because "
+        "each carries its own identity), or give another folder"
+    )
