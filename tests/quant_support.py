@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
+
 from quantwm.fingerprint import model_hash
 from quantwm.protocols import ActionSpec, LinearGroup, WorldModel
-from torch import nn
 
 PATCHES, WIDTH, HIDDEN = 4, 12, 20
 

@@ -1,4 +1,5 @@
 import pytest
+
 from quantwm.errors import UsageError
 from quantwm.quant import (
     ActivationScheme,

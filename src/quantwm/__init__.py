@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from quantwm.errors import QuantWMError
     from quantwm.evaluation import Outcome, evaluate, evaluate_oracle
     from quantwm.loading import load, save
+    from quantwm.methods import quantize
     from quantwm.planning.cem import CEM
     from quantwm.quant import QuantPlan
-    from quantwm.methods import quantize
 
 _HOME = {
     "CEM": "quantwm.planning.cem",

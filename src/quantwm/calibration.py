@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from quantwm.compute import placed, resolve_device, resolve_dtype
+from quantwm.compute import device_of, placed, resolve_device, resolve_dtype
 from quantwm.envs import get_task
 from quantwm.errors import CorruptFileError, UsageError
 from quantwm.evaluation import Progress
@@ -89,7 +89,7 @@ class Calibration:
     @torch.inference_mode()
     def replay(self, world_model: WorldModel, chunk: int = 16) -> None:
         """Encode every frame and roll every sequence out once, `chunk` at a time."""
-        device = next(world_model.parameters()).device
+        device = device_of(world_model)
         latents = []
         for begin in range(0, len(self.visual), chunk):
             part = slice(begin, begin + chunk)
@@ -250,7 +250,9 @@ class _Recording:
                 f"{samples} samples were asked for, but planning on these calibration episodes "
                 f"considered only {available} distinct sequences; raise episodes or lower samples"
             )
-        chosen, frame, turn = [], [], 0
+        chosen: list[npt.NDArray[np.float32]] = []
+        frame: list[int] = []
+        turn = 0
         while len(chosen) < samples:
             for number, pool in enumerate(pools):
                 if turn < len(pool) and len(chosen) < samples:

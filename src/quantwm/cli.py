@@ -1,12 +1,22 @@
 """The command line: parses, calls the library, prints."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from quantwm.console import bars, counter, err, exit_codes, out
+from quantwm.console import (
+    ArmLines,
+    StudyBar,
+    bars,
+    counter,
+    err,
+    exit_codes,
+    out,
+    print_cells,
+    print_facts,
+    print_json,
+)
 
 app = typer.Typer(
     help="How few bits can a world model run on and still plan?",
@@ -109,8 +119,153 @@ def train(
         out.print(f"world model in {out_folder / MODEL_FOLDER}")
 
 
-def _print_json(value: Any) -> None:
-    out.print_json(json.dumps(value))
+@app.command(
+    epilog="Example: quantwm quantize wall --plan w4g128 --out small, or "
+    "--plan 'encoder.*=w8a8-token' --plan 'predictor.*=w4g128'"
+)
+def quantize(
+    model: Annotated[str, typer.Argument(help="A bundled model's name, or a model's folder.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the quantized model.")],
+    plan: Annotated[
+        list[str],
+        typer.Option(help="A scheme for every layer, or PATTERN=SCHEME; may be repeated."),
+    ],
+    method: Annotated[str, typer.Option(help="The quantization method.")] = "rtn",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Also quantize patch_embedding or attention_matmul; may be repeated."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file; made there if it does not exist.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task to calibrate in; default: the model's own.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(help="Calibration episodes.")] = 8,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Quantize a world model and write it, packed, to a folder that every command can load."""
+    with exit_codes("Nothing was written."):
+        from quantwm.calibration import Calibration, calibrate
+        from quantwm.loading import load, save
+        from quantwm.methods import quantize as quantize_model
+        from quantwm.methods import resolve_plan
+        from quantwm.quant import QuantPlan, stored_bytes
+
+        world_model = load(model, device=device)
+        layers = dict(_pattern_and_scheme(text) for text in plan)
+        quant_plan = QuantPlan(layers, method=method, include=tuple(include or ()))
+        resolve_plan(quant_plan, world_model)
+        data = None
+        with bars() as progress:
+            if calibration is not None and calibration.is_file():
+                data = Calibration.load(calibration)
+            elif calibration is not None:
+                data = calibrate(
+                    world_model,
+                    task or world_model.config.task,
+                    episodes=episodes,
+                    samples=samples,
+                    device=device,
+                    progress=counter(progress, "calibrate"),
+                )
+                data.save(calibration)
+            small = quantize_model(
+                world_model, quant_plan, data, progress=counter(progress, f"quantize ({method})")
+            )
+        save(small, out_folder)
+        before, after = stored_bytes(world_model), stored_bytes(small)
+        if as_json:
+            print_json({"folder": str(out_folder), "bytes": after, "float_bytes": before})
+        else:
+            out.print(
+                f"{out_folder}: {after / 1e6:.2f} MB, {after / before:.2f} of the float model's "
+                f"{before / 1e6:.2f} MB",
+                highlight=False,
+            )
+
+
+@app.command(epilog="Example: quantwm study wall --preset quick --out results/wall episodes=32")
+def study(
+    source: Annotated[str, typer.Argument(help="A task, or a study's YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, as KEY=VALUE.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Which shipped study to run on the task.")] = "quick",
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Results folder; default results/TASK-NAME.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List cells and estimated time; compute nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan in closed loop with every arm of a study; write rows, tables and a report.
+
+    Run the same command again to continue after an interruption.
+    """
+    with exit_codes():
+        from quantwm.report import write_report
+        from quantwm.study.run import plan_study, run_study
+        from quantwm.study.spec import StudySpec, load_preset
+
+        is_file = source.endswith((".yaml", ".yml"))
+        spec = StudySpec.from_yaml(source) if is_file else load_preset(preset, source)
+        spec = spec.with_overrides(overrides or [])
+        folder = out_folder or Path("results") / f"{spec.task['name']}-{spec.name}"
+        if dry_run:
+            plans = plan_study(spec, folder)
+            if as_json:
+                print_json([vars(plan) for plan in plans])
+            else:
+                print_cells(plans)
+            return
+        if not as_json:
+            out.print(f"results in {folder}", highlight=False)
+        with bars() as progress:
+            result = run_study(
+                spec,
+                folder,
+                progress=StudyBar(progress),
+                on_arm=None if as_json else ArmLines(),
+            )
+        report = write_report(folder)
+        if as_json:
+            print_json({"folder": str(folder), "report": str(report), "arms": result.summary})
+        else:
+            out.print(f"report: {report}", highlight=False)
+
+
+@app.command(epilog="Example: quantwm info wall")
+def info(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A bundled model, or the folder of a model, data set or study."),
+    ] = None,
+    as_json: Json = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Data set: write a contact sheet of frames (PNG) here.")
+    ] = None,
+) -> None:
+    """Show what a model, data set, calibration file or results folder holds; without one, what
+    this installation offers."""
+    with exit_codes():
+        from quantwm.describe import contact_sheet, describe, describe_installation
+
+        facts = describe_installation() if source is None else describe(source)
+        if sheet is not None:
+            contact_sheet(str(source), sheet)
+        if as_json:
+            print_json(facts)
+        else:
+            print_facts(facts)
+
+
+def _pattern_and_scheme(text: str) -> tuple[str, str]:
+    pattern, equals, scheme = text.partition("=")
+    return (pattern.strip(), scheme.strip()) if equals else ("*", text.strip())
 
 
 if __name__ == "__main__":

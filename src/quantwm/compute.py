@@ -67,9 +67,20 @@ def placed(world_model: Model, device: torch.device, dtype: torch.dtype) -> Mode
     return copy.deepcopy(world_model).to(device=device, dtype=dtype).eval()
 
 
+def device_of(world_model: WorldModel) -> torch.device:
+    """Where a model's tensors are; a model that is quantized throughout has only buffers.
+
+    Raises:
+        UsageError: it has no tensors at all.
+    """
+    for _, tensor in (*world_model.named_parameters(), *world_model.named_buffers()):
+        return tensor.device
+    raise UsageError("the world model has neither parameters nor buffers")
+
+
 def _native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 

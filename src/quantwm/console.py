@@ -1,20 +1,28 @@
 """How the command line talks: progress bars with time left, and errors with exit codes."""
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
+from rich.text import Text
 
 from quantwm.errors import QuantWMError, UsageError
+
+if TYPE_CHECKING:
+    from quantwm.study.run import CellPlan
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -73,3 +81,91 @@ def exit_codes(resume_hint: str = "") -> Iterator[None]:
         message = f"interrupted. {resume_hint}".strip()
         err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
+
+
+class StudyBar:
+    """A study's progress: one bar a stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def start(self, label: str, index: int, count: int) -> None:
+        """A stage begins."""
+        place = f"{label} ({index} of {count})" if index else label
+        self._task = self._progress.add_task(place, total=None, note="")
+
+    def update(self, done: int, total: int) -> None:
+        """Episode-iterations done, of how many."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def finish(self) -> None:
+        """The stage is over."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+
+class ArmLines:
+    """Prints a study's table line by line, as arms finish."""
+
+    _WIDTHS = (18, 22, 26, 9, 9)
+
+    def __init__(self) -> None:
+        self._headed = False
+
+    def __call__(self, arm: Mapping[str, Any]) -> None:
+        """One arm's summary row."""
+        if not self._headed:
+            self._line("arm", "success", "against float", "MB", "seconds")
+            self._headed = True
+        success = f"{arm['success']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]"
+        difference = ""
+        if arm["difference"] is not None:
+            parts = [arm["difference"], arm["difference_low"], arm["difference_high"]]
+            shown = [f"{part:+.2f}" for part in parts]
+            difference = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+        size = "" if arm["bytes"] is None else f"{arm['bytes'] / 1e6:.1f}"
+        self._line(str(arm["arm"]), success, difference, size, f"{arm['seconds']:.1f}")
+        if arm["note"]:
+            out.print(f"  {arm['note']}", style="dim", markup=False, highlight=False)
+
+    def _line(self, *cells: str) -> None:
+        first, *rest = cells
+        padded = [first.ljust(self._WIDTHS[0])]
+        padded += [cell.rjust(width) for cell, width in zip(rest, self._WIDTHS[1:], strict=True)]
+        out.print(" ".join(padded), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_cells(plans: Iterable["CellPlan"]) -> None:
+    """A dry run's list."""
+    table = Table("arm", "cell", "state", Column("estimate", justify="right"), box=None)
+    total = 0.0
+    for plan in plans:
+        state = "done" if plan.done else f"as {plan.shares}" if plan.shares else "to run"
+        table.add_row(Text(plan.arm), plan.cell, state, f"{plan.seconds:.0f} s")
+        total += plan.seconds
+    out.print(table)
+    out.print(f"estimate: at most {total:.0f} s, good to a factor of two or three", highlight=False)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Nested facts, one a line."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in _flat(facts):
+        table.add_row(Text(key, style="bold"), Text(str(value)))
+    out.print(table)
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output, nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

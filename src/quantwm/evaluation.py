@@ -211,6 +211,7 @@ class _Settings:
     ) -> "_Settings":
         resolved_task = get_task(task) if isinstance(task, str) else task
         resolved_device = resolve_device(device)
+        seeds = episode_seeds(block, seed, episodes)
         iterations = default_iterations() if iterations is None else iterations
         batch_size = episodes if batch_size is None else batch_size
         if iterations < 1 or batch_size < 1:
@@ -219,7 +220,7 @@ class _Settings:
             )
         return cls(
             resolved_task,
-            episode_seeds(block, seed, episodes),
+            seeds,
             seed,
             block,
             planner or default_planner(resolved_task.name),

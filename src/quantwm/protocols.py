@@ -66,7 +66,7 @@ class ActionSpec:
             )
         raw = actions.detach().to("cpu", torch.float32).numpy().astype(np.float64)
         raw = raw.reshape(*raw.shape[:-2], raw.shape[-2] * self.frameskip, self.dim)
-        return raw * np.asarray(self.std) + np.asarray(self.mean)
+        return np.asarray(raw * np.asarray(self.std) + np.asarray(self.mean), np.float64)
 
 
 GroupKind: TypeAlias = Literal["linear", "patch_embedding", "attention_matmul"]

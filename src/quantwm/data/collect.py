@@ -61,7 +61,10 @@ def collect(
         raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
     store = TrajectoryFolder(folder)
     counts: dict[SeedBlock, int] = {"train": train, "validation": validation}
-    store.begin(task.settings(), {"policy": task.policy, "seed": seed, **counts})
+    store.begin(
+        task.settings(),
+        {"policy": task.policy, "seed": seed, "train": train, "validation": validation},
+    )
     done, total = 0, train + validation
     for split, count in counts.items():
         for shard, first in enumerate(range(0, count, SHARD)):

@@ -7,6 +7,9 @@ is vectorised over episodes, in float64 as the public code computes.
 
 One deviation: observations are rounded to uint8 after the resize to 224 pixels (the public code
 hands the float result on), so that a frame can be stored exactly.
+
+One oddity is kept: a move that is exactly vertical into a border has no slope, and its position
+becomes NaN, as in the public code. Planner noise never is exactly vertical.
 """
 
 from collections.abc import Sequence
@@ -154,6 +157,7 @@ class Wall:
         squared = np.sqrt(offset_x**2 + offset_y**2) ** 2
         dot = np.exp(-squared / (2 * DOT_STD * DOT_STD)) / (2 * np.pi * DOT_STD * DOT_STD)
         dot /= dot.max(axis=(1, 2), keepdims=True)
+        dot = np.nan_to_num(dot)  # a position that is not finite has no dot
         faded = (255 - (dot * 255).astype(np.uint8)).astype(np.uint8)
         image = np.stack([np.full_like(faded, 255), faded, faded], axis=-1)
         image[walls] = 0

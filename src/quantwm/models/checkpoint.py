@@ -23,6 +23,7 @@ BUNDLED_FOLDER = Path(__file__).parent / "weights"
 BUNDLED_ENCODER = "dinov2_vits14"
 ENCODER_SHA256 = "09c7a2bf0ed6aa77b72a84e50832a1542bb97ff82409142d9bfa3b2e9cfdddaf"
 
+
 @functools.cache
 def _bundled_encoder() -> dict[str, Tensor]:
     path = BUNDLED_FOLDER / f"{BUNDLED_ENCODER}.safetensors"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quantwm.compute import device_of
 from quantwm.errors import UsageError
 from quantwm.planning.objective import Objective, as_parts, like
 from quantwm.protocols import (
@@ -55,7 +56,7 @@ class ModelCost:
             raise UsageError(f"chunk must be at least 1, got {chunk}")
         self._model, self._task, self._episodes = world_model, task, episodes
         self._objective, self._chunk = objective, chunk
-        self._device = next(world_model.parameters()).device
+        self._device = device_of(world_model)
         everyone = np.arange(len(episodes))
         self._goals = encode_states(world_model, task, episodes, everyone, episodes.goal)
         self._current: dict[int, Latent] = {}

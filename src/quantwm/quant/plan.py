@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from quantwm.protocols import GroupKind, WorldModel
 from quantwm.quant.scheme import LayerScheme, PerGroup
 
 PLAN_VERSION = 1
-_WILDCARDS = frozenset("*?[")
+_WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
 _OPTIONAL_KINDS = tuple(kind for kind in get_args(GroupKind) if kind != "linear")
 
 
@@ -227,15 +228,8 @@ class QuantPlan:
 
 def specificity(pattern: str) -> tuple[bool, int]:
     """How specific a pattern is: (no wildcards, characters outside wildcards); larger wins."""
-    literal, inside = 0, False
-    for position, character in enumerate(pattern):
-        if inside:
-            inside = character != "]"
-        elif character == "[" and "]" in pattern[position + 2 :]:
-            inside = True
-        elif character not in "*?":
-            literal += 1
-    return not _WILDCARDS & set(pattern), literal
+    literal = _WILDCARD.sub("", pattern)
+    return literal == pattern, len(literal)
 
 
 def declared_layers(world_model: WorldModel) -> dict[str, tuple[GroupKind, nn.Module]]:

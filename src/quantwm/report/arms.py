@@ -102,13 +102,23 @@ def arms_of(
     return sorted(arms, key=lambda arm: order.index(arm.role))
 
 
+def kinds_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The kind of every arm of a study's configuration, by name; a short form is its own kind."""
+    kinds: dict[str, str] = {}
+    for arm in config.get("arms") or ():
+        if isinstance(arm, Mapping):
+            kinds[str(arm["name"])] = str(arm.get("kind", "quantized"))
+        else:
+            kinds[str(arm)] = str(arm)
+    return kinds
+
+
 def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Role]:
     """Each arm's role: by its kind in the configuration, else by its name.
 
     Only the first float arm is the one that others are compared with.
     """
-    listed = [arm for arm in config.get("arms") or () if isinstance(arm, Mapping)]
-    kinds = {str(arm["name"]): str(arm.get("kind", "quantized")) for arm in listed}
+    kinds = kinds_of(config)
     roles: dict[str, Role] = {}
     for name in names:
         kind = kinds.get(name, name)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantwm.report.arms import Arm, number
+from quantwm.report.arms import Arm, kinds_of, number
 from quantwm.report.text import (
     decimal,
     escape,
@@ -19,7 +19,11 @@ from quantwm.report.text import (
 def lead(arms: Sequence[Arm], task: str) -> str:
     """One sentence on what was studied."""
     counts = sorted({arm.episodes for arm in arms})
-    each = plural(counts[0], "episode") if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    each = (
+        plural(counts[0], "episode")
+        if len(counts) == 1
+        else f"{counts[0]} to {counts[-1]} episodes"
+    )
     most = max((len(arm.curve) for arm in arms), default=0) - 1
     length = f" of at most {plural(most, 'MPC iteration')}" if most >= 0 else ""
     oracles = sum(arm.role == "oracle" for arm in arms)
@@ -51,8 +55,7 @@ def findings(arms: Sequence[Arm], config: Mapping[str, Any]) -> list[str]:
         )
         sentences.append(f"<b>Not compared with float:</b> {names}.")
     finished = {arm.name for arm in arms}
-    names_wanted = [str(arm["name"]) for arm in config.get("arms") or ()]
-    unfinished = [escape(name) for name in names_wanted if name not in finished]
+    unfinished = [escape(name) for name in kinds_of(config) if name not in finished]
     if unfinished:
         sentences.append(f"<b>Not run:</b> {', '.join(unfinished)}.")
     return sentences

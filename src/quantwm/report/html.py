@@ -14,6 +14,7 @@ from quantwm.report.arms import Arm, Row, arms_of, choose_episode, worst_arm
 from quantwm.report.filmstrip import strips
 from quantwm.report.headline import findings, lead
 from quantwm.report.text import escape
+from quantwm.study.prepare import build_task
 from quantwm.study.rows import read_parquet
 from quantwm.study.spec import RECORD
 from quantwm.study.store import CONFIG, EPISODES, REPORT, SUMMARY, ResultsFolder
@@ -66,8 +67,6 @@ def write_report(
             f"{folder} lacks {', '.join(missing)}, so there is nothing to report; "
             "give the folder of a finished study"
         )
-    from quantwm.study.prepare import build_task  # TEMPORARY
-
     record = config.pop(RECORD, None) or {}
     text = render(
         read_parquet(folder / EPISODES),

@@ -73,7 +73,7 @@ def difference_plot(arms: Sequence[Arm]) -> str:
             _value(axes, y, "reference" if arm.role == "float" else shown)
         limit = 1.0 if max(ends) > 0.5 else 0.5
         ticks = [-limit, -limit / 2, 0, limit / 2, limit]
-        _x_axis(axes, (-limit, limit), ticks, "success minus float, 95% interval", signed)
+        _x_axis(axes, (-limit, limit), ticks, "success minus float, 95% interval", _signed_tick)
         text = "; ".join(
             f"{arm.name} {signed(arm.difference.difference)} "
             f"({signed(arm.difference.low)} to {signed(arm.difference.high)}, {arm.verdict})"
@@ -223,6 +223,10 @@ def _x_axis(
     axes.set_xlabel(label, fontsize=10.5, labelpad=5)
 
 
+def _signed_tick(value: float) -> str:
+    return f"{value:+g}".replace("-", "−") if value else "0"
+
+
 def _quiet(axes: Axes) -> None:
     """No frame and no tick marks; the grid is enough to read a value."""
     for spine in axes.spines.values():
@@ -239,7 +243,10 @@ def _plain(text: mpl.text.Text) -> None:
 
 def _shortened(name: str) -> str:
     printable = "".join(c if c.isprintable() else " " for c in name)
-    return printable if len(printable) <= _NAME_LENGTH else printable[: _NAME_LENGTH - 1] + "…"
+    if len(printable) <= _NAME_LENGTH:
+        return printable
+    kept = _NAME_LENGTH // 2  # both ends: long names tend to differ in the last characters
+    return f"{printable[:kept]}…{printable[1 - kept :]}"
 
 
 @contextmanager

@@ -32,7 +32,6 @@ _GROUPS = {
 
 def arms_table(arms: Sequence[Arm]) -> str:
     """Every arm's numbers; oracles in a group of their own."""
-    noted = any(arm.note for arm in arms)
     heads = [
         ("Arm", "pin"),
         ("Success", "number"),
@@ -46,7 +45,6 @@ def arms_table(arms: Sequence[Arm]) -> str:
         ("Stored", "number"),
         ("Seconds", "number"),
         ("Episodes", "number"),
-        *([("Note", "")] if noted else []),
     ]
     bodies = []
     for roles in (("float", "quantized"), ("oracle",)):
@@ -55,12 +53,18 @@ def arms_table(arms: Sequence[Arm]) -> str:
             continue
         title = _GROUPS[roles[0]]
         group = f'<tr><th class="group" scope="rowgroup" colspan="{len(heads)}">{title}</th></tr>'
-        lines = "".join(_arm_line(arm, noted) for arm in members)
+        lines = "".join(_arm_line(arm) for arm in members)
         bodies.append(f"<tbody>{group if title else ''}{lines}</tbody>")
-    return _scroll("Table of arms", f'<table class="wide">{_head(heads)}{"".join(bodies)}</table>')
+    table = f'<table class="wide">{_head(heads)}{"".join(bodies)}</table>'
+    notes = "".join(
+        f'<p class="hint"><b>{escape(arm.name)}</b>: {escape(arm.note)}.</p>'
+        for arm in arms
+        if arm.note
+    )
+    return _scroll("Table of arms", table) + notes
 
 
-def _arm_line(arm: Arm, noted: bool) -> str:
+def _arm_line(arm: Arm) -> str:
     verdicts = {
         "reference": '<td class="separable-no">reference</td>',
         "lower": '<td class="lower">yes, lower</td>',
@@ -83,8 +87,6 @@ def _arm_line(arm: Arm, noted: bool) -> str:
         _number(arm.seconds, decimal(arm.seconds, 0)),
         _number(arm.episodes, str(arm.episodes)),
     ]
-    if noted:
-        cells.append(f'<td class="wrap">{escape(arm.note)}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 

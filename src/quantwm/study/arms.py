@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantwm.errors import PlanError, UsageError, unknown_name
+from quantwm.methods import resolve_plan
 from quantwm.protocols import WorldModel
 from quantwm.quant import LayerScheme, QuantPlan
 from quantwm.study.cells import REFERENCES, ArmKind
@@ -156,7 +157,7 @@ def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict
         if arm.plan is None:
             continue
         try:
-            resolved[arm.name] = arm.plan.resolve(world_model)
+            resolved[arm.name] = resolve_plan(arm.plan, world_model)
         except UsageError as error:
             problems.append(f"arm {arm.name!r}: {error}")
     if problems:

@@ -61,8 +61,7 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as JSON values."""
-        values: dict[str, Any] = json.loads(canonical_json(asdict(self)))
-        return values
+        return plain(asdict(self))
 
 
 def calibration_id(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
@@ -71,13 +70,28 @@ def calibration_id(settings: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     A calibration is a function of the float model, the task, the planner, the compute type and
     the device, so its id is known before it is made, and a dry run can tell which cells are done.
     """
-    shared = ("model", "task", "planner", "mpc_iterations", "dtype", "device", "threads", "numerics")
+    shared = (
+        "model",
+        "task",
+        "planner",
+        "mpc_iterations",
+        "dtype",
+        "device",
+        "threads",
+        "numerics",
+    )
     return short_hash({"settings": dict(settings)} | {key: cell[key] for key in shared})
 
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: the same text for the same content."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: tuples become lists."""
+    values: dict[str, Any] = json.loads(canonical_json(dict(settings)))
+    return values
 
 
 def short_hash(value: Any) -> str:

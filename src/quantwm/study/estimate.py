@@ -1,22 +1,22 @@
 """What a study will cost: a dry run's estimate, good to a factor of two or three."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from quantwm.study.cells import ArmKind, Cell
-from quantwm.study.store import ResultsFolder
 
 SECONDS_PER_FRAME: dict[ArmKind, float] = {
-    "oracle-state": 2e-6,
-    "oracle-latent": 4e-3,
-    "float": 6e-4,
+    "oracle-state": 5e-6,
+    "oracle-latent": 1.5e-3,
+    "float": 8e-4,
     "quantized": 8e-4,
 }
 """Seconds to predict (or simulate, or render and encode) one candidate's frame, by kind of arm.
 
-Measured with the bundled compact model on two AMX cores in bfloat16; oracle-latent pays one
-encoding a candidate instead of one prediction a frame, expressed in the same unit. Simulated
-quantization of activations costs the difference between the last two.
+For the bundled compact model on two cores in bfloat16. Oracle-latent encodes one image a
+candidate, which is spread over the frames of its plan.
 """
+ACTIVATION_FACTOR = 2.5
+"""How much slower the simulated quantization of layers' inputs makes a prediction."""
 _DEFAULTS = {"samples": 64, "steps": 5, "horizon": 5}
 
 
@@ -28,21 +28,24 @@ def estimated_seconds(cell: Cell) -> float:
     frames = 1.0
     for name, default in _DEFAULTS.items():
         frames *= float(cell.planner.get(name, default))
-    return cell.episodes * cell.mpc_iterations * frames * SECONDS_PER_FRAME[cell.kind]
+    inputs = any("a" in str(scheme).partition("-")[0] for scheme in cell.plan.values())
+    factor = ACTIVATION_FACTOR if inputs else 1.0
+    return cell.episodes * cell.mpc_iterations * frames * SECONDS_PER_FRAME[cell.kind] * factor
 
 
-def measured_seconds(folder: ResultsFolder, cells: Mapping[str, Cell]) -> dict[ArmKind, float]:
-    """Mean seconds of the study's finished cells, by kind: a better estimate than constants."""
-    found: dict[ArmKind, list[float]] = {}
-    for cell in {cell.id: cell for cell in cells.values()}.values():
-        seconds = folder.peek_seconds(cell.id)
-        if seconds is not None:
-            found.setdefault(cell.kind, []).append(seconds)
-    return {kind: sum(values) / len(values) for kind, values in found.items()}
+def calibrated_seconds(cell: Cell, finished: Iterable[tuple[Cell, float]]) -> float:
+    """The estimate, scaled by what the study's finished cells took against theirs.
+
+    Args:
+        cell: to be estimated.
+        finished: cells of the same study with their seconds; only the same oracle, or
+            other runs of the model, say something about it.
+    """
+    same = [(one, seconds) for one, seconds in finished if _pool(one) == _pool(cell)]
+    expected = sum(estimated_seconds(one) for one, _ in same)
+    took = sum(seconds for _, seconds in same)
+    return estimated_seconds(cell) * (took / expected if expected and took else 1.0)
 
 
-def estimate(cell: Cell, measured: Mapping[ArmKind, float]) -> float:
-    """Seconds of a missing cell: what its kind took here, else the constants."""
-    return measured.get(cell.kind, estimated_seconds(cell))
-
-
+def _pool(cell: Cell) -> str:
+    return cell.kind if cell.kind.startswith("oracle") else "model"

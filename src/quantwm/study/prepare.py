@@ -10,13 +10,17 @@ from quantwm.compute import NUMERICS_VERSION, dtype_name, resolve_device, resolv
 from quantwm.envs import get_task
 from quantwm.errors import MismatchError
 from quantwm.fingerprint import model_hash
-from quantwm.models.bundled import load
+from quantwm.loading import load
+from quantwm.methods import get_method
 from quantwm.planning.cem import CEM
 from quantwm.planning.defaults import default_planner
 from quantwm.protocols import Planner, Task, WorldModel
+from quantwm.quant import LayerScheme, QuantPlan
+from quantwm.quant.apply import check_is_float
 from quantwm.study.arms import Arm, resolve_arms
-from quantwm.study.cells import Cell, calibration_id
-from quantwm.study.spec import StudySpec
+from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
+from quantwm.study.spec import RECORD, StudySpec
+from quantwm.study.store import ResultsFolder
 
 UNDEFINING = ("version", "name", "model", "arms", "gate")
 """Settings that may change within one results folder; the model counts by its hash."""
@@ -74,17 +78,20 @@ def prepare(
 
     Raises:
         UsageError: something in the study is wrong; a `PlanError` lists the arms' problems.
+        MismatchError: model and task, or study and task, do not belong together.
+        MissingStatisticsError: the model cannot plan.
     """
     task = task if task is not None else build_task(spec.task)
     planner = planner if planner is not None else build_planner(spec.planner, task.name)
     device = resolve_device(spec.device)
     if world_model is None:
-        world_model = load(spec.model, device=str(device))
+        world_model = load(spec.model, device=device)
+    check_usable(world_model, task)
     resolved = resolve_arms(spec.arms, world_model)
     spec = replace(
         spec,
-        task=task.settings() | {"name": task.name},
-        planner=planner.settings(),
+        task=plain(task.settings() | {"name": task.name}),
+        planner=plain(planner.settings()),
         device=device.type,
         dtype=dtype_name(resolve_dtype(spec.dtype, device)),
         threads=spec.threads or torch.get_num_threads(),
@@ -94,6 +101,24 @@ def prepare(
     calibration = calibration_id(vars(spec.calibration), shared)
     cells = {arm.name: _cell(arm, resolved[arm.name], calibration, shared) for arm in spec.arms}
     return Prepared(spec, world_model, task, planner, fingerprint, device, cells, calibration)
+
+
+def check_usable(world_model: WorldModel, task: Task) -> None:
+    """Refuse a model that cannot be studied in this task.
+
+    Raises:
+        UsageError: it is quantized already, so that there is no float model to compare with.
+        MismatchError: its actions are not the task's.
+        MissingStatisticsError: it carries no action statistics.
+    """
+    check_is_float(world_model)
+    spec = world_model.action_spec
+    if spec.dim != task.action_dim:
+        raise MismatchError(
+            f"the world model plans actions of width {spec.dim}, task {task.name!r} takes "
+            f"{task.action_dim}: give a model that was trained in this task"
+        )
+    spec.denormalize(torch.zeros(1, 1, spec.model_dim))
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
@@ -126,7 +151,9 @@ def build_planner(settings: Mapping[str, Any], task: str) -> Planner:
     return CEM.from_settings(default.settings() | values)
 
 
-def definition(values: Mapping[str, Any], model: str, numerics: int) -> dict[str, Any]:
+def definition(
+    values: Mapping[str, Any], model: str | None, numerics: int | None
+) -> dict[str, Any]:
     """Flat dotted keys of a study's plain values, without those that may change."""
     flat: dict[str, Any] = {"model_hash": model, "numerics": numerics}
     for key, value in values.items():
@@ -163,6 +190,17 @@ def check_same_study(found: Mapping[str, Any], wanted: Mapping[str, Any], folder
     )
 
 
+def check_folder(prepared: Prepared, folder: ResultsFolder) -> None:
+    """Refuse a folder that is another study's, or nobody's."""
+    config = folder.read_config()
+    if config is None:
+        folder.check_usable()
+        return
+    record = config.pop(RECORD, None) or {}
+    found = definition(config, record.get("model_hash"), record.get("numerics"))
+    check_same_study(found, prepared.definition(), str(folder.path))
+
+
 def _shared(spec: StudySpec, fingerprint: str) -> dict[str, Any]:
     """What all cells of a study have in common."""
     return {
@@ -180,23 +218,26 @@ def _shared(spec: StudySpec, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _cell(arm: Arm, layers: Mapping[str, Any], calibration: str, shared: Mapping[str, Any]) -> Cell:
+def needs_calibration(plan: QuantPlan, layers: Mapping[str, LayerScheme]) -> bool:
+    """Whether a plan's method or the scales of its layers come from calibration data."""
+    static = (s.activation is not None and s.activation.static for s in layers.values())
+    return get_method(plan.method, dict(plan.options)).needs_calibration or any(static)
+
+
+def _cell(
+    arm: Arm, layers: Mapping[str, LayerScheme], calibration: str, shared: Mapping[str, Any]
+) -> Cell:
     if arm.plan is None or not layers:
-        kind = "float" if arm.plan is not None else arm.kind
+        kind: ArmKind = "float" if arm.plan is not None else arm.kind
         return Cell(kind=kind, plan={}, method=None, options={}, calibration=None, **shared)
     return Cell(
         kind="quantized",
         plan={name: str(scheme) for name, scheme in layers.items()},
         method=arm.plan.method,
         options=arm.plan.to_dict()["options"],
-        calibration=calibration if needs_calibration(arm, layers) else None,
+        calibration=calibration if needs_calibration(arm.plan, layers) else None,
         **shared,
     )
-
-
-def needs_calibration(arm: Arm, layers: Mapping[str, Any]) -> bool:
-    """Whether an arm's scales or method come from calibration data."""
-    return any(s.activation is not None and s.activation.static for s in layers.values())
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -13,17 +13,17 @@ import torch
 from quantwm.calibration import Calibration, calibrate
 from quantwm.compute import NUMERICS_VERSION
 from quantwm.errors import CorruptFileError, GateError
-from quantwm.evaluation import Outcome, Progress, Row, evaluate, evaluate_oracle
+from quantwm.evaluation import ORACLES, Outcome, Progress, Row, evaluate, evaluate_oracle
 from quantwm.methods import quantize
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.quant.artifact import stored_bytes
 from quantwm.study.cells import Cell
 from quantwm.study.environment import environment
-from quantwm.study.estimate import estimate, measured_seconds
-from quantwm.study.prepare import Prepared, check_same_study, definition, prepare
+from quantwm.study.gate import check_gate
+from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import FinishedCell, ResultsFolder, set_aside
-from quantwm.study.summary import COLUMNS, arm_summary, success_rate
+from quantwm.study.summary import COLUMNS, arm_summary
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class StudyProgress(Protocol):
     """What shows how far a study is. Calls come in order, from one thread."""
 
     def start(self, label: str, index: int, count: int) -> None:
-        """A stage begins: "calibration" or an arm's name; the `index`-th of `count`, from 1."""
+        """A stage begins: an arm, the `index`-th of `count` from 1, or "calibration" with 0."""
         ...
 
     def update(self, done: int, total: int) -> None:
@@ -51,27 +51,8 @@ class StudyProgress(Protocol):
         ...
 
 
-class StudyInterrupted(KeyboardInterrupt):  # noqa: N818 - an interrupt, as its base is
+class StudyInterrupted(KeyboardInterrupt):
     """Ctrl-C during a study; the message says what is kept and how to go on."""
-
-
-@dataclass(frozen=True)
-class CellPlan:
-    """What a dry run says of one arm.
-
-    Attributes:
-        arm: its name.
-        cell: id of its cell.
-        done: whether the results folder has the cell.
-        seconds: estimated time; 0 for a finished cell and for one that an arm above shares.
-        shares: the arm above with the same cell, if there is one.
-    """
-
-    arm: str
-    cell: str
-    done: bool
-    seconds: float
-    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,35 +115,6 @@ def run_study(
         ) from error
 
 
-def plan_study(
-    spec: StudySpec,
-    out: str | Path,
-    *,
-    world_model: WorldModel | None = None,
-    task: Task | None = None,
-    planner: Planner | None = None,
-) -> list[CellPlan]:
-    """What `run_study` would do: each arm's cell, whether it is done, and an estimate of its time.
-
-    Checks all that `run_study` checks, and writes nothing.
-
-    Raises:
-        UsageError, MismatchError: as `run_study`.
-    """
-    prepared = prepare(spec, world_model=world_model, task=task, planner=planner)
-    folder = ResultsFolder(Path(out))
-    _check_folder(prepared, folder)
-    measured = measured_seconds(folder, prepared.cells)
-    owners: dict[str, str] = {}
-    plans = []
-    for arm, cell in prepared.cells.items():
-        owner = owners.setdefault(cell.id, arm)
-        done = folder.has_cell(cell.id)
-        seconds = 0.0 if done or owner != arm else estimate(cell, measured)
-        plans.append(CellPlan(arm, cell.id, done, seconds, owner if owner != arm else None))
-    return plans
-
-
 class _Run:
     """One pass over a study's cells."""
 
@@ -177,18 +129,21 @@ class _Run:
         self._progress, self._on_arm = progress, on_arm
         self._finished: dict[str, FinishedCell] = {}
         self._calibration: Calibration | None = None
+        ranks = {kind: rank for rank, kind in enumerate(FIRST)}
+        self._order = sorted(
+            prepared.cells, key=lambda name: ranks.get(prepared.cells[name].kind, len(FIRST))
+        )
         self.ids = {cell.id for cell in prepared.cells.values()}
 
     def __call__(self) -> StudyResult:
         spec = self._prepared.spec
-        _check_folder(self._prepared, self._folder)
+        check_folder(self._prepared, self._folder)
         self._folder.check_writable()
         self._write_config()
-        kinds = {name: cell.kind for name, cell in self._prepared.cells.items()}
-        first = [name for kind in FIRST for name in kinds if kinds[name] == kind]
+        first = [name for name in self._order if self._prepared.cells[name].kind in FIRST]
         self._arms(first)
         self._check_gate()
-        self._arms([name for name in kinds if name not in first])
+        self._arms(self._order[len(first) :])
         rows, summary = self._write_tables()
         return StudyResult(spec, self._folder.path, rows, summary)
 
@@ -198,14 +153,14 @@ class _Run:
             if cell.id not in self._finished:
                 stored = self._folder.load_cell(cell.id)
                 self._finished[cell.id] = stored or self._computed(name, cell)
-            self._write_tables()
+                if stored is None:
+                    self._write_tables()
             self._on_arm(self._summary(name))
 
     def _computed(self, name: str, cell: Cell) -> FinishedCell:
         """Evaluate a cell and store it."""
         calibration = self._calibrated() if cell.calibration is not None else None
-        position = list(self._prepared.cells).index(name) + 1
-        with self._stage(name, position) as update:
+        with self._stage(name, self._order.index(name) + 1) as update:
             began = perf_counter()
             outcome, size = self._evaluate(name, cell, calibration, update)
             finished = FinishedCell.from_rows(
@@ -236,8 +191,9 @@ class _Run:
             "arm": name,
             "progress": update,
         }
-        if cell.kind == "oracle-state" or cell.kind == "oracle-latent":
-            return evaluate_oracle(cell.kind, world_model=model, **settings), None
+        for oracle in ORACLES:
+            if cell.kind == oracle:
+                return evaluate_oracle(oracle, world_model=model, **settings), None
         plan = self._prepared.arm(name).plan
         if cell.kind == "quantized" and plan is not None:
             model = quantize(model, plan, calibration)
@@ -287,37 +243,21 @@ class _Run:
         return made
 
     def _check_gate(self) -> None:
-        spec, name = self._prepared.spec, self._prepared.float_arm
-        others = [cell for cell in self._prepared.cells.values() if cell.kind == "quantized"]
-        if name is None or not others:
+        """Stop before the quantized arms if the float arm is no reference for them."""
+        cells, name = self._prepared.cells, self._prepared.float_arm
+        if name is None or all(cell.kind != "quantized" for cell in cells.values()):
             return
-        rows = self._rows(name)
-        if success_rate(rows) >= spec.gate:
-            return
-        raise GateError(
-            f"the float arm {name!r} reaches the goal in {sum(row['success'] for row in rows)} of "
-            f"{len(rows)} episodes ({success_rate(rows):.2f}), below the gate of {spec.gate:.2f}: "
-            f"quantized arms cannot be judged against it. {self._oracles()} Mend the model or "
-            "the planner's settings, or set gate=0 to compare all the same. Finished cells are "
-            f"kept in {self._folder.path}"
-        )
-
-    def _oracles(self) -> str:
-        """What the oracle arms say about a float arm that fails."""
-        rates = {
-            cell.kind: success_rate(self._rows(name))
-            for name, cell in self._prepared.cells.items()
-            if cell.kind in ("oracle-state", "oracle-latent")
+        oracles: dict[str, list[bool]] = {
+            cell.kind: [row["success"] for row in self._rows(arm)]
+            for arm, cell in cells.items()
+            if cell.kind in ORACLES
         }
-        if len(rates) < 2:
-            return "Add the arms oracle-state and oracle-latent: they tell what is to blame."
-        state, latent = rates["oracle-state"], rates["oracle-latent"]
-        seen = f"oracle-state reaches {state:.2f} and oracle-latent {latent:.2f}, so look at"
-        if state < self._prepared.spec.gate:
-            return f"{seen} the planner and its settings: it fails with the true dynamics too."
-        if latent < self._prepared.spec.gate:
-            return f"{seen} the representation and the objective."
-        return f"{seen} the model's dynamics (the predictor)."
+        successes = [row["success"] for row in self._rows(name)]
+        try:
+            check_gate(name, successes, oracles, self._prepared.spec.gate)
+        except GateError as error:
+            self._write_tables()
+            raise GateError(f"{error} Finished cells are kept in {self._folder.path}.") from None
 
     def _write_tables(self) -> tuple[list[Row], list[Summary]]:
         """Write rows and summary of all arms that are finished."""
@@ -373,17 +313,6 @@ class _Run:
             yield self._progress.update
         finally:
             self._progress.finish()
-
-
-def _check_folder(prepared: Prepared, folder: ResultsFolder) -> None:
-    """Refuse a folder that is another study's, or nobody's."""
-    config = folder.read_config()
-    if config is None:
-        folder.check_usable()
-        return
-    record = config.pop(RECORD, None) or {}
-    found = definition(config, record.get("model_hash"), record.get("numerics"))
-    check_same_study(found, prepared.definition(), str(folder.path))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import yaml
 
 from quantwm.compute import DTYPES
 from quantwm.errors import UsageError, unknown_name
+from quantwm.planning.defaults import default_iterations
 from quantwm.seeds import BLOCKS, MAX_EPISODES, MAX_SEED, SeedBlock
 from quantwm.study.arms import Arm, parse_arms
 
@@ -69,7 +70,7 @@ class StudySpec:
     episodes: int = 50
     seed: int = 1
     block: SeedBlock = "evaluation"
-    mpc_iterations: int = 10
+    mpc_iterations: int = field(default_factory=default_iterations)
     planner: Mapping[str, Any] = field(default_factory=dict)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     dtype: str = "auto"

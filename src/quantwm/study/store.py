@@ -23,9 +23,10 @@ from typing import Any
 import yaml
 
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError
+from quantwm.evaluation import Row
 from quantwm.files import atomic_path, write_json
 from quantwm.study.cells import canonical_json
-from quantwm.study.rows import Row, decode_row, encode_row, write_parquet
+from quantwm.study.rows import decode_row, encode_row, write_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +115,18 @@ class ResultsFolder:
         """
         path = self.cell_path(id)
         try:
-            content = _read_cell(path, id)
-        except FileNotFoundError:
-            return None
+            return _read_cell(path, id)
         except CorruptFileError as error:
             aside = set_aside(path)
             logger.warning("%s; set aside as %s, the cell runs again", error, aside.name)
             return None
-        return FinishedCell(
-            id, content["cell"], content["rows"], content["bytes"], content["seconds"]
-        )
+
+    def peek_cell(self, id: str) -> FinishedCell | None:
+        """`load_cell` for a dry run: a damaged file counts as missing and stays where it is."""
+        try:
+            return _read_cell(self.cell_path(id), id)
+        except CorruptFileError:
+            return None
 
     def read_config(self) -> dict[str, Any] | None:
         """What `config.yaml` holds; None if there is none.
@@ -214,18 +217,16 @@ def _digest(content: Mapping[str, Any]) -> str:
         return ""
 
 
-def _read_cell(path: Path, id: str) -> dict[str, Any]:
+def _read_cell(path: Path, id: str) -> FinishedCell | None:
     try:
         content = json.loads(path.read_text())
     except (ValueError, IsADirectoryError) as error:
         raise CorruptFileError(f"{path} is cut off or no JSON ({error})") from error
-    except NotADirectoryError:
-        raise FileNotFoundError(path) from None
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise QuantWMError(f"cannot read {path}: {error.strerror or error}") from error
-    if not isinstance(content, dict) or not _CELL_KEYS <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= _CELL_KEYS:
         raise CorruptFileError(f"{path} is no cell of a study")
     if content["sha256"] != _digest(content):
         raise CorruptFileError(f"{path} does not match its checksum")
@@ -236,7 +237,7 @@ def _read_cell(path: Path, id: str) -> dict[str, Any]:
         )
     if content["id"] != id:
         raise CorruptFileError(f"{path} holds the cell {content['id']}")
-    return content
+    return FinishedCell(id, content["cell"], content["rows"], content["bytes"], content["seconds"])
 
 
 def _unreadable_config(path: Path, reason: str) -> str:

@@ -1,11 +1,11 @@
 """The table of a study: one row an arm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from quantwm.evaluation import Row
 from quantwm.statistics import paired_difference, wilson_interval
-from quantwm.study.rows import Row
 
 COLUMNS = (
     "arm",
@@ -74,11 +74,6 @@ def arm_summary(
             "p_value": compared.p_value,
         }
     return summary
-
-
-def success_rate(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Share of episodes that succeeded."""
-    return sum(bool(row["success"]) for row in rows) / len(rows)
 
 
 def _note(rows: Sequence[Row], same_as: str | None) -> str:

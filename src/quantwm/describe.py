@@ -1,0 +1,170 @@
+"""What a model, data set, calibration file or results folder holds, as plain facts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from quantwm import storage
+from quantwm.calibration import Calibration
+from quantwm.compute import dtype_name, package_version, resolve_device, resolve_dtype
+from quantwm.data.trajectories import Trajectories, TrajectoryFolder
+from quantwm.envs import TASKS, get_task
+from quantwm.errors import UsageError
+from quantwm.fingerprint import model_hash
+from quantwm.loading import load
+from quantwm.methods import method_names
+from quantwm.models.bundled import bundled_names
+from quantwm.quant import quantization_of, stored_bytes
+from quantwm.study.spec import presets
+from quantwm.study.store import ResultsFolder
+
+_SHEET_ROWS, _SHEET_COLUMNS, _THUMBNAIL = 4, 6, 112
+
+
+def describe_installation() -> dict[str, Any]:
+    """What this installation offers and what it would compute with."""
+    device = resolve_device("auto")
+    return {
+        "version": package_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+        "dtype": dtype_name(resolve_dtype("auto", device)),
+        "threads": torch.get_num_threads(),
+        "tasks": ", ".join(TASKS),
+        "world models": ", ".join(bundled_names()),
+        "methods": ", ".join(method_names()),
+        "presets": ", ".join(presets()),
+    }
+
+
+def describe(source: str) -> dict[str, Any]:
+    """Facts about a bundled model's name, a folder or a file.
+
+    Raises:
+        UsageError: it is none of those.
+        CorruptFileError: it is damaged.
+    """
+    path = Path(source)
+    if source in bundled_names() or (path / storage.METADATA_FILE).is_file():
+        return _describe_model(source)
+    if TrajectoryFolder(path).exists():
+        return _describe_data(TrajectoryFolder(path))
+    if path.is_dir() and ResultsFolder(path).read_config() is not None:
+        return _describe_results(ResultsFolder(path))
+    if path.is_file() and path.suffix == ".safetensors":
+        return _describe_calibration(Calibration.load(path))
+    raise UsageError(
+        f"{source!r} is neither a bundled model ({', '.join(bundled_names())}) nor the folder of "
+        "a model, a data set or a study, nor a calibration file"
+    )
+
+
+def contact_sheet(source: str, path: Path) -> None:
+    """Write a PNG of frames of a data set: a trajectory a row, evenly spaced in time.
+
+    Raises:
+        UsageError: `source` is no data set's folder.
+    """
+    folder = TrajectoryFolder(Path(source))
+    index = folder.index()
+    task = _task_of(index["task"])
+    trajectories = folder.load("train")
+    chosen = np.linspace(0, len(trajectories) - 1, _SHEET_ROWS).astype(int)
+    sheet = Image.new("RGB", (_SHEET_COLUMNS * _THUMBNAIL, _SHEET_ROWS * _THUMBNAIL))
+    for row, trajectory in enumerate(chosen):
+        steps = np.linspace(0, trajectories.lengths[trajectory], _SHEET_COLUMNS).astype(int)
+        states = trajectories.states[trajectories.state_offsets[trajectory] + steps]
+        layout = {k: v[trajectory : trajectory + 1] for k, v in trajectories.layout.items()}
+        frames = task.observe(states[None], layout)["visual"][0]
+        for column, frame in enumerate(frames):
+            thumbnail = Image.fromarray(frame).resize((_THUMBNAIL, _THUMBNAIL))
+            sheet.paste(thumbnail, (column * _THUMBNAIL, row * _THUMBNAIL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _describe_model(source: str) -> dict[str, Any]:
+    world_model = load(source)
+    record = quantization_of(world_model)
+    sizes = {
+        part: sum(p.numel() for n, p in world_model.named_parameters() if n.startswith(part))
+        for part in ("encoder.", "predictor.")
+    }
+    facts: dict[str, Any] = {
+        "kind": "world model, float" if record is None else "world model, quantized",
+        "bytes": stored_bytes(world_model),
+    }
+    if record is None:
+        facts["hash"] = model_hash(world_model)
+        facts["parameters"] = {name.rstrip("."): count for name, count in sizes.items()}
+    else:
+        facts["plan"] = str(record.plan)
+        facts["method"] = record.method
+        facts["quantized layers"] = len(record.layers)
+        facts["float model's hash"] = record.source_model_hash
+    return facts | {"config": world_model.config.to_dict()}
+
+
+def _describe_data(folder: TrajectoryFolder) -> dict[str, Any]:
+    index = folder.index()
+    facts: dict[str, Any] = {"kind": "trajectories", "task": index["task"]}
+    facts["origin"] = index["origin"]
+    for split in ("train", "validation"):
+        trajectories = folder.load(split)
+        facts[split] = _statistics(trajectories)
+    return facts
+
+
+def _statistics(trajectories: Trajectories) -> dict[str, Any]:
+    actions = trajectories.actions.astype(np.float64)
+    states = trajectories.states
+    return {
+        "trajectories": len(trajectories),
+        "actions": int(trajectories.lengths.sum()),
+        "length": f"{trajectories.lengths.min()} to {trajectories.lengths.max()}",
+        "action mean": _rounded(actions.mean(0)),
+        "action std": _rounded(actions.std(0)),
+        "state minimum": _rounded(states.min(0)),
+        "state mean": _rounded(states.mean(0)),
+        "state maximum": _rounded(states.max(0)),
+        "layouts": len({tuple(v) for v in zip(*trajectories.layout.values(), strict=True)}),
+    }
+
+
+def _describe_results(folder: ResultsFolder) -> dict[str, Any]:
+    config = folder.read_config() or {}
+    record: Mapping[str, Any] = config.pop("record", None) or {}
+    cells: Mapping[str, str] = record.get("cells") or {}
+    state = {
+        arm: "finished" if folder.peek_cell(cell) is not None else "missing"
+        for arm, cell in cells.items()
+    }
+    return {"kind": "study", "cells": state, "config": config}
+
+
+def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "kind": "calibration",
+        "samples": len(calibration),
+        "frames": len(calibration.visual),
+        "model": calibration.model_hash,
+        "hash": calibration.hash,
+        "origin": calibration.origin,
+    }
+
+
+def _task_of(settings: Mapping[str, Any]) -> Any:
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+    }
+    name = values.pop("name")
+    values.pop("version", None)
+    return get_task(name, **values)
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(value), 3) for value in values]

@@ -1,0 +1,64 @@
+"""What a study would compute, and about how long that takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantwm.protocols import Planner, Task, WorldModel
+from quantwm.study.estimate import calibrated_seconds
+from quantwm.study.prepare import check_folder, prepare
+from quantwm.study.spec import StudySpec
+from quantwm.study.store import ResultsFolder
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """What a dry run says of one arm.
+
+    Attributes:
+        arm: its name.
+        cell: id of its cell.
+        done: whether the results folder has the cell.
+        seconds: estimated time; 0 for a finished cell and for one that an arm above shares.
+        shares: the arm above with the same cell, if there is one.
+    """
+
+    arm: str
+    cell: str
+    done: bool
+    seconds: float
+    shares: str | None = None
+
+
+def plan_study(
+    spec: StudySpec,
+    out: str | Path,
+    *,
+    world_model: WorldModel | None = None,
+    task: Task | None = None,
+    planner: Planner | None = None,
+) -> list[CellPlan]:
+    """What `run_study` would do: each arm's cell, whether it is done, and an estimate of its time.
+
+    Checks all that `run_study` checks, and writes nothing.
+
+    Raises:
+        UsageError, MismatchError: as `run_study`.
+    """
+    prepared = prepare(spec, world_model=world_model, task=task, planner=planner)
+    folder = ResultsFolder(Path(out))
+    check_folder(prepared, folder)
+    stored = {
+        id: found.seconds
+        for id in {cell.id for cell in prepared.cells.values()}
+        if (found := folder.peek_cell(id)) is not None
+    }
+    finished = [(c, stored[c.id]) for c in prepared.cells.values() if c.id in stored]
+    owners: dict[str, str] = {}
+    plans = []
+    for arm, cell in prepared.cells.items():
+        owner = owners.setdefault(cell.id, arm)
+        free = cell.id in stored or owner != arm
+        seconds = 0.0 if free else calibrated_seconds(cell, finished)
+        shares = owner if owner != arm else None
+        plans.append(CellPlan(arm, cell.id, cell.id in stored, seconds, shares))
+    return plans

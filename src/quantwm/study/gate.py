@@ -1,0 +1,48 @@
+"""The float gate: a model that fails in float is no reference for its quantized versions."""
+
+from collections.abc import Mapping, Sequence
+
+from quantwm.errors import GateError
+
+
+def check_gate(
+    arm: str,
+    successes: Sequence[bool],
+    oracles: Mapping[str, Sequence[bool]],
+    gate: float,
+) -> None:
+    """Refuse a float arm that succeeds too rarely.
+
+    Args:
+        arm: name of the float arm.
+        successes: of its episodes.
+        oracles: successes of the oracle arms of the study, by kind.
+        gate: the least success rate.
+
+    Raises:
+        GateError: says what was seen, what the oracles blame, and how to go on.
+    """
+    rate = _rate(successes)
+    if rate >= gate:
+        return
+    raise GateError(
+        f"the float arm {arm!r} reaches the goal in {sum(successes)} of {len(successes)} episodes "
+        f"({rate:.2f}), below the gate of {gate:.2f}: quantized arms cannot be judged against it. "
+        f"{_blame(oracles, gate)} Mend that, or set gate=0 to compare all the same."
+    )
+
+
+def _blame(oracles: Mapping[str, Sequence[bool]], gate: float) -> str:
+    if not {"oracle-state", "oracle-latent"} <= oracles.keys():
+        return "Add the arms oracle-state and oracle-latent: they tell what is to blame."
+    state, latent = _rate(oracles["oracle-state"]), _rate(oracles["oracle-latent"])
+    seen = f"oracle-state reaches {state:.2f} and oracle-latent {latent:.2f}, which points to"
+    if state < gate:
+        return f"{seen} the planner and its settings: it fails with the true dynamics too."
+    if latent < gate:
+        return f"{seen} the representation and the objective."
+    return f"{seen} the model's dynamics (the predictor)."
+
+
+def _rate(successes: Sequence[bool]) -> float:
+    return sum(successes) / len(successes)

@@ -1,0 +1,191 @@
+"""Results folders: resuming after anything, and refusing what does not belong."""
+
+import logging
+import resource
+
+import pytest
+
+from quantwm.calibration import Calibration
+from quantwm.errors import (
+    MismatchError,
+    QuantWMError,
+)
+from quantwm.fingerprint import model_hash
+from quantwm.study import StudyInterrupted, run_study
+from quantwm.study.prepare import prepare
+from quantwm.study.rows import read_parquet
+from study_support import PointModel, PointTask, Recorder, by_arm, content, point_spec, study
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The study of `point_spec`, run once without interruption."""
+    return run_study(**study(), out=tmp_path_factory.mktemp("reference"))
+
+
+def test_a_finished_study_computes_nothing_again(reference):
+    cells = {k: v for k, v in content(reference.folder).items() if k.startswith("cells/")}
+    recorder = Recorder()
+    again = run_study(**study(), out=reference.folder, progress=recorder)
+    assert recorder.calls == []
+    assert again.rows == reference.rows
+    assert again.summary == reference.summary
+    after = {k: v for k, v in content(reference.folder).items() if k.startswith("cells/")}
+    assert after == cells
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_killed_study_goes_on_to_the_same_rows(tmp_path, reference, error):
+    expected = StudyInterrupted if error is KeyboardInterrupt else error
+    with pytest.raises(expected) as caught:
+        run_study(**study(), out=tmp_path, progress=Recorder(break_at=4, error=error))
+    if error is KeyboardInterrupt:
+        assert "3 of 6 cells are finished" in str(caught.value)
+        assert "the same command goes on" in str(caught.value)
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+    # What is finished is in the tables already.
+    assert len(read_parquet(tmp_path / "episodes.parquet")) == 3 * 6
+    recorder = Recorder()
+    resumed = run_study(**study(), out=tmp_path, progress=recorder)
+    assert recorder.started == ["w8", "w4", "w2"]
+    assert by_arm(resumed) == by_arm(reference)
+
+
+def test_a_truncated_cell_is_set_aside_and_run_again(tmp_path, reference, caplog):
+    first = run_study(**study(), out=tmp_path)
+    cell = next(row["cell"] for row in first.summary if row["arm"] == "w4")
+    path = tmp_path / "cells" / f"{cell}.json"
+    path.write_bytes(path.read_bytes()[:500])
+    recorder = Recorder()
+    with caplog.at_level(logging.WARNING):
+        again = run_study(**study(), out=tmp_path, progress=recorder)
+    assert recorder.started == ["w4"]
+    assert f"{cell}.json.corrupt-1" in caplog.text
+    assert (tmp_path / "cells" / f"{cell}.json.corrupt-1").exists()
+    assert by_arm(again) == by_arm(reference)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"episodes": 5}, ["episodes: the folder has 6, this study 5"]),
+        ({"seed": 2, "mpc_iterations": 2}, ["seed", "mpc_iterations"]),
+        ({"planner": {"samples": 16, "elites": 4, "steps": 3, "horizon": 3}}, ["planner.steps"]),
+        ({"calibration": {"episodes": 2, "samples": 9, "seed": 4}}, ["calibration.samples"]),
+        ({"block": "tuning"}, ["block"]),
+        ({"dtype": "bfloat16"}, ["dtype"]),
+        ({"threads": 2}, ["threads"]),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused(reference, changes, keys):
+    before = content(reference.folder)
+    with pytest.raises(MismatchError) as caught:
+        run_study(**study(point_spec(**changes)), out=reference.folder)
+    message = str(caught.value)
+    for key in keys:
+        assert key in message
+    assert len(message.splitlines()) == len(keys) + 2
+    assert "--out" in message
+    assert content(reference.folder) == before
+
+
+def test_another_model_or_task_is_another_configuration(reference):
+    with pytest.raises(MismatchError, match="model_hash"):
+        run_study(point_spec(), reference.folder, world_model=PointModel(9), task=PointTask())
+    with pytest.raises(MismatchError, match=r"task\.reach: the folder has 0\.5, this study 1\.0"):
+        run_study(point_spec(), reference.folder, world_model=PointModel(), task=PointTask(1.0))
+
+
+def test_arms_may_come_and_go_without_moving_a_row(tmp_path, reference):
+    few = run_study(**study(point_spec(arms=["w4", "float"])), out=tmp_path)
+    assert by_arm(few) == {name: by_arm(reference)[name] for name in ("w4", "float")}
+    # More arms, another order, another gate: the finished cells serve.
+    recorder = Recorder()
+    arms = ["w2", "w3", "float", "w4"]
+    more = run_study(**study(point_spec(arms=arms, gate=0.9)), out=tmp_path, progress=recorder)
+    assert recorder.started == ["w2", "w3"]
+    assert list(by_arm(more)) == arms
+    assert by_arm(more)["w2"] == by_arm(reference)["w2"]
+
+
+class TestCalibration:
+    arms = ("float", "w8a8", "w8")
+
+    def test_it_is_made_once_and_only_if_needed(self, tmp_path):
+        run_study(**study(point_spec(arms=["float", "w8", "w4a8-token"])), out=tmp_path)
+        assert not (tmp_path / "calibration.safetensors").exists()
+        run_study(**study(point_spec(arms=["float", "w8a8"])), out=tmp_path)
+        before = content(tmp_path)["calibration.safetensors"]
+        recorder = Recorder()
+        spec = point_spec(arms=["float", "w8a8", "w4a4"])
+        run_study(**study(spec), out=tmp_path, progress=recorder)
+        assert recorder.started == ["w4a4"]
+        assert content(tmp_path)["calibration.safetensors"] == before
+
+    @pytest.mark.parametrize("damage", ["cut", "swapped", "gone"])
+    def test_a_damaged_one_is_made_anew(self, tmp_path, caplog, damage):
+        whole = run_study(**study(point_spec(arms=self.arms)), out=tmp_path / "whole")
+        folder = tmp_path / "damaged"
+        run_study(**study(point_spec(arms=["float", "w4a4"])), out=folder)
+        path = folder / "calibration.safetensors"
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-9])
+        elif damage == "swapped":
+            other = point_spec(arms=["w8a8"], calibration={"episodes": 3, "samples": 8})
+            run_study(**study(other), out=tmp_path / "other")
+            path.write_bytes((tmp_path / "other" / "calibration.safetensors").read_bytes())
+        else:
+            path.unlink()
+        with caplog.at_level(logging.WARNING):
+            result = run_study(**study(point_spec(arms=self.arms)), out=folder)
+        assert ("calibration.safetensors.corrupt-1" in caplog.text) == (damage != "gone")
+        assert by_arm(result) == by_arm(whole)
+
+    def test_it_is_made_as_the_study_says(self, tmp_path):
+        result = run_study(**study(point_spec(arms=["w8a8"])), out=tmp_path)
+        made = Calibration.load(tmp_path / "calibration.safetensors")
+        assert made.model_hash == model_hash(PointModel())
+        assert made.origin == {
+            "task": PointTask().settings(),
+            "seed": 4,
+            "episodes": 2,
+            "samples": 8,
+            "planner": result.spec.planner,
+            "mpc_iterations": 3,
+            "dtype": "float32",
+        }
+
+    def test_only_calibrated_arms_depend_on_it(self):
+        one = prepare(**study(point_spec(arms=self.arms))).cells
+        settings = {"episodes": 2, "samples": 9, "seed": 4}
+        two = prepare(**study(point_spec(arms=self.arms, calibration=settings))).cells
+        assert one["w8"].id == two["w8"].id
+        assert one["float"].id == two["float"].id
+        assert one["w8a8"].id != two["w8a8"].id
+
+
+def test_unwritable_folder_is_found_before_any_compute(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    recorder = Recorder()
+    with pytest.raises(QuantWMError, match="cannot write"):
+        run_study(**study(), out=tmp_path / "file" / "out", progress=recorder)
+    assert recorder.calls == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_loses_nothing(tmp_path, reference):
+    """A limit on file sizes makes writes fail as a full disk does: in the middle of a file."""
+    run_study(**study(point_spec(arms=["float"])), out=tmp_path)
+    before = content(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(QuantWMError, match="cannot write"):
+            run_study(**study(), out=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = content(tmp_path)
+    kept = [name for name in before if name != "config.yaml"]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert set(after) == set(before)
+    assert by_arm(run_study(**study(), out=tmp_path)) == by_arm(reference)

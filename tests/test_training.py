@@ -1,0 +1,247 @@
+"""Collecting, caching latents and training: resumable, and really learning."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from quantwm.data.collect import collect
+from quantwm.data.latents import FrameIndex, encode_split
+from quantwm.data.trajectories import Trajectories, TrajectoryFolder
+from quantwm.envs import Wall, get_task
+from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
+from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.training.batches import Windows
+from quantwm.training.initialization import initialize, trainable
+from quantwm.training.loss import validate, window_loss
+from quantwm.training.train import TrainingSettings, train
+
+SETTINGS = TrainingSettings(
+    steps=12, batch_size=8, warmup=2, unroll=2, checkpoint_every=5, validate_every=6
+)
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    config = DINOWMConfig(
+        task="wall",
+        action_dim=2,
+        proprio_dim=2,
+        encoder=EncoderConfig(1, 24, 3, patch_size=14, pretrained_grid=3),
+        predictor=PredictorConfig(1, 2, 8, 32, dropout=0.0),
+        image_size=28,
+        num_hist=1,
+        action_mean=(0.0, 0.0),
+        action_std=(0.8, 0.8),
+        proprio_mean=(32.0, 32.0),
+        proprio_std=(15.0, 15.0),
+    )
+    world_model = DINOWM(config)
+    with torch.no_grad():
+        for parameter in world_model.encoder.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return world_model.eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return collect(Wall(), tmp_path_factory.mktemp("data"), train=40, validation=10)
+
+
+@pytest.fixture(scope="module")
+def windows(data, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("latents")
+    world_model, made = model(), {}
+    for split, length in (("train", 3), ("validation", 6)):
+        trajectories = data.load(split)
+        latents = encode_split(world_model, Wall(), trajectories, cache, split, key={"a": 1})
+        made[split] = Windows(world_model.config, Wall(), trajectories, latents, length)
+    return made
+
+
+def test_stored_states_follow_from_stored_actions(data):
+    trajectories = data.load("train")
+    steps = int(trajectories.lengths[0])
+    states = trajectories.states.reshape(-1, steps + 1, 2)
+    actions = trajectories.actions.reshape(-1, steps, 2).astype(np.float64)
+    replayed = Wall().rollout(states[:, 0], trajectories.layout, actions)
+    np.testing.assert_array_equal(replayed, states[:, 1:])
+
+
+def test_trajectories_cross_the_door_in_both_directions_and_stay_on_the_board(data):
+    trajectories = data.load("train")
+    states = trajectories.states.reshape(len(trajectories), -1, 2)
+    left, right = states[:, 0, 0] < 29, states[:, 0, 0] > 35
+    assert (states[left].max(axis=1)[:, 0] > 35).any()
+    assert (states[right].min(axis=1)[:, 0] < 29).any()
+    assert np.isfinite(states).all()
+    assert states.min() > 4
+    assert states.max() < 60
+
+
+def test_collecting_again_keeps_what_is_there_and_goes_on(data, tmp_path):
+    def killed(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(Wall(), tmp_path, train=40, validation=10, progress=killed)
+    kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    assert len(kept) == 1
+    resumed = collect(Wall(), tmp_path, train=40, validation=10)
+    for name, written in kept.items():
+        assert (tmp_path / name).stat().st_mtime_ns == written
+    for split in ("train", "validation"):
+        np.testing.assert_array_equal(resumed.load(split).states, data.load(split).states)
+
+
+def test_splits_share_no_seed(data):
+    assert not set(data.load("train").seeds) & set(data.load("validation").seeds)
+
+
+def test_a_folder_of_other_data_is_refused(data):
+    with pytest.raises(MismatchError, match="origin"):
+        collect(Wall(), data.folder, train=41, validation=10)
+    with pytest.raises(MismatchError, match="task"):
+        collect(Wall(door_y=20), data.folder, train=40, validation=10)
+
+
+def test_damaged_data_name_the_file(data, tmp_path):
+    broken = collect(Wall(), tmp_path, train=3, validation=3)
+    shard = next(tmp_path.glob("train*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(CorruptFileError, match=shard.name):
+        broken.load("train")
+    shard.unlink()
+    with pytest.raises(CorruptFileError, match="missing"):
+        broken.load("train")
+    with pytest.raises(UsageError, match="no data set"):
+        TrajectoryFolder(tmp_path / "nowhere").load("train")
+
+
+def test_frames_are_every_fifth_state_of_each_trajectory():
+    trajectories = Trajectories(
+        np.zeros((11 + 13, 2)),
+        np.zeros((10 + 12, 2), np.float32),
+        np.array([10, 12]),
+        {},
+        np.array([0, 1]),
+    )
+    index = FrameIndex.every(5, trajectories)
+    assert index.state_rows.tolist() == [0, 5, 10, 11, 16, 21]
+    assert index.trajectory.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_windows_pair_frames_with_the_actions_between_them(data, windows):
+    trajectories = data.load("train")
+    batch = windows["train"].batch(np.array([0, 4]))
+    normalized = trajectories.actions[:10] / 0.8
+    np.testing.assert_allclose(batch.actions[0, 0], normalized[:5].ravel(), rtol=1e-5)
+    np.testing.assert_allclose(batch.actions[0, 1], normalized[5:10].ravel(), rtol=1e-5)
+    # Six frames make four windows of three, so the fifth window starts the second trajectory.
+    second = trajectories.states[26]
+    np.testing.assert_allclose(batch.proprio[1, 0], (second - 32) / 15, rtol=1e-5)
+
+
+def test_encoding_goes_on_where_it_stopped(data, tmp_path):
+    trajectories = data.load("train")
+    whole = encode_split(model(), Wall(), trajectories, tmp_path / "a", "train", key={})
+    half = tmp_path / "b"
+    encode_split(model(), Wall(), trajectories, half, "train", key={})
+    state = json.loads((half / "train.json").read_text())
+    assert state["done"] == len(whole)
+    (half / "train.json").write_text(json.dumps({**state, "done": 64}))
+    again = encode_split(model(), Wall(), trajectories, half, "train", key={})
+    np.testing.assert_array_equal(whole, again)
+    with pytest.raises(MismatchError, match="other data"):
+        encode_split(model(), Wall(), trajectories, half, "train", key={"other": 1})
+
+
+def test_training_starts_close_to_copying_the_frame_and_improves(windows, tmp_path):
+    world_model = model()
+    initialize(world_model, windows["train"], seed=0)
+    start = validate(world_model, windows["validation"])
+    batch = windows["validation"].batch(np.arange(8))
+    spread = batch.visual.var().item()
+    assert start["one_step"] < 0.5 * spread
+    settings = TrainingSettings(steps=150, batch_size=16, warmup=10, learning_rate=3e-3, ema=0.9)
+    train(world_model, windows["train"], windows["validation"], tmp_path, settings)
+    end = validate(world_model, windows["validation"])
+    assert end["one_step"] < 0.8 * start["one_step"]
+    assert end["rollout"] < 0.8 * start["rollout"]
+
+
+def test_one_step_loss_against_the_definition(windows):
+    world_model = model()
+    initialize(world_model, windows["train"], seed=1)
+    batch = windows["train"].batch(np.arange(4))
+    latent = {
+        "visual": batch.visual[:, :1],
+        "proprio": world_model.embed_proprio(batch.proprio[:, :1]),
+    }
+    predicted = world_model.rollout(latent, batch.actions[:, None, :1])
+    truth = world_model.embed_proprio(batch.proprio[:, 1])
+    visual = (predicted["visual"][:, 0, 1] - batch.visual[:, 1]) ** 2
+    tokens = world_model.tokens(
+        batch.visual[:, 0],
+        world_model.embed_proprio(batch.proprio[:, :1])[:, 0],
+        world_model.embed_actions(batch.actions[:, :1])[:, 0],
+    )
+    proprio = (world_model.predict(tokens[:, None])[:, 0, :, 24:34] - truth[:, None]) ** 2
+    expected = torch.cat([visual, proprio], dim=-1).mean()
+    torch.testing.assert_close(window_loss(world_model, batch, unroll=1), expected)
+
+
+def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path):
+    def weights(folder, killed_at=None):
+        def report(step, total, figures):
+            if step == killed_at:
+                raise KeyboardInterrupt
+
+        world_model = model()
+        initialize(world_model, windows["train"], seed=0)
+        train(world_model, windows["train"], windows["validation"], folder, SETTINGS, report=report)
+        return {n: p.detach().clone() for n, p in trainable(world_model).items()}
+
+    whole = weights(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "killed", killed_at=8)
+    resumed = weights(tmp_path / "killed")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed/curve.jsonl").read_text().splitlines()
+    ]
+    assert steps[-1] == 12
+
+
+def test_training_does_not_touch_the_encoder(windows, tmp_path):
+    world_model = model()
+    before = {n: p.clone() for n, p in world_model.encoder.named_parameters()}
+    initialize(world_model, windows["train"], seed=0)
+    train(world_model, windows["train"], windows["validation"], tmp_path, SETTINGS)
+    for name, parameter in world_model.encoder.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_run_of_other_settings_is_refused(windows, tmp_path):
+    train(model(), windows["train"], windows["validation"], tmp_path, SETTINGS)
+    other = TrainingSettings(steps=13, batch_size=8)
+    with pytest.raises(MismatchError, match="other settings"):
+        train(model(), windows["train"], windows["validation"], tmp_path, other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(windows, tmp_path):
+    world_model = model()
+    with torch.no_grad():
+        world_model.predictor.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="learning rate"):
+        train(world_model, windows["train"], windows["validation"], tmp_path, SETTINGS)
+
+
+def test_unknown_tasks_and_settings_are_named():
+    with pytest.raises(UsageError, match="did you mean 'wall'"):
+        get_task("wal")
+    with pytest.raises(UsageError, match="door"):
+        get_task("wall", doors=3)
