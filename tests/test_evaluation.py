@@ -148,7 +148,7 @@ def test_too_many_samples_are_refused():
 
 
 def test_calibration_of_another_model_is_refused(calibration):
-    with pytest.raises(MismatchError, match="another|calibrate this model"):
+    with pytest.raises(MismatchError, match="calibrate this model"):
         qwm.quantize(PointWorld(seed=1), "w8a8", calibration)
 
 

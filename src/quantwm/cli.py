@@ -1,5 +1,7 @@
 """The command line: parses, calls the library, prints."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -207,8 +209,10 @@ def study(
     Run the same command again to continue after an interruption.
     """
     with exit_codes():
+        from quantwm.errors import GateError
         from quantwm.report import write_report
-        from quantwm.study.run import plan_study, run_study
+        from quantwm.study.dry_run import plan_study
+        from quantwm.study.run import run_study
         from quantwm.study.spec import StudySpec, load_preset
 
         is_file = source.endswith((".yaml", ".yml"))
@@ -224,14 +228,20 @@ def study(
             return
         if not as_json:
             out.print(f"results in {folder}", highlight=False)
-        with bars() as progress:
-            result = run_study(
-                spec,
-                folder,
-                progress=StudyBar(progress),
-                on_arm=None if as_json else ArmLines(),
-            )
-        report = write_report(folder)
+        command = shlex.join(["quantwm", *sys.argv[1:]])
+        try:
+            with bars() as progress:
+                result = run_study(
+                    spec,
+                    folder,
+                    progress=StudyBar(progress),
+                    on_arm=None if as_json else ArmLines(),
+                )
+        except GateError:
+            # What is finished shows why the float arm fails.
+            write_report(folder, command=command)
+            raise
+        report = write_report(folder, command=command)
         if as_json:
             print_json({"folder": str(folder), "report": str(report), "arms": result.summary})
         else:

@@ -77,8 +77,8 @@ def exit_codes(resume_hint: str = "") -> Iterator[None]:
     except QuantWMError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        message = f"interrupted. {resume_hint}".strip()
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or f"interrupted. {resume_hint}".strip()
         err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
 

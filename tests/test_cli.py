@@ -1,0 +1,145 @@
+"""The command line: what it prints, what it leaves, how it fails."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from quantwm.cli import app
+
+SMALL = [
+    "episodes=2",
+    "mpc_iterations=1",
+    "planner.samples=8",
+    "planner.elites=3",
+    "planner.steps=2",
+    "gate=0",
+]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_every_command_has_help_with_an_example():
+    for command in ("collect", "train", "quantize", "study", "info"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"Example: quantwm {command}" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["study", "wal"], "did you mean 'wall'"),
+        (["study", "wall", "--preset", "quik"], "did you mean 'quick'"),
+        (["study", "wall", "episode=3"], "did you mean 'episodes'"),
+        (["study", "wall", "arms=float,w9"], "2 to 8"),
+        (["study", "wall", "arms=flaot"], "did you mean 'float'"),
+        (["study", "wall", "arms=float,w4g4096"], "4096"),
+        (["study", "nowhere.yaml"], "cannot read the study"),
+        (["collect", "wal", "--out", "x"], "did you mean 'wall'"),
+        (["quantize", "wall", "--plan", "encodr.*=w4", "--out", "x"], "matches no layer"),
+        (
+            ["quantize", "wall", "--plan", "w4", "--method", "rtm", "--out", "x"],
+            "did you mean 'rtn'",
+        ),
+        (["info", "nowhere"], "neither a bundled model"),
+    ],
+)
+def test_bad_usage_exits_two_and_says_what_would_be_right(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert says in result.output.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_leaves_its_files_and_resumes(tmp_path):
+    out = tmp_path / "study"
+    arguments = ["study", "wall", "arms=oracle-state,float,w2", *SMALL, "--out", out]
+    first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    assert f"results in {out}" in first.output.replace("\n", "")
+    for arm in ("oracle-state", "float", "w2"):
+        assert any(line.startswith(arm) for line in first.output.splitlines())
+    for name in ("config.yaml", "episodes.parquet", "summary.csv", "report.html"):
+        assert (out / name).stat().st_size > 0
+    cells = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert len(cells) == 3
+    again = run(*arguments, "--json")
+    assert again.exit_code == 0, again.output
+    assert [arm["arm"] for arm in json.loads(again.stdout)["arms"]] == [
+        "oracle-state",
+        "float",
+        "w2",
+    ]
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == cells
+    other = run(*arguments, "seed=2")
+    assert other.exit_code == 1
+    assert "another configuration" in other.output.replace("\n", " ")
+    shown = run("info", out, "--json")
+    assert set(json.loads(shown.stdout)["cells"].values()) == {"finished"}
+
+
+def test_a_dry_run_lists_cells_and_writes_nothing(tmp_path):
+    out = tmp_path / "study"
+    result = run("study", "wall", *SMALL, "--dry-run", "--json", "--out", out)
+    assert result.exit_code == 0, result.output
+    plans = json.loads(result.stdout)
+    assert {plan["arm"] for plan in plans} >= {
+        "oracle-state",
+        "float",
+        "w8a8",
+        "w4",
+        "w4g128",
+        "w4a4-token",
+        "w3",
+        "w2",
+    }
+    assert not any(plan["done"] for plan in plans)
+    assert not out.exists()
+
+
+def test_quantize_writes_a_folder_that_every_command_can_load(tmp_path):
+    result = run(
+        "quantize",
+        "wall",
+        "--plan",
+        "encoder.*=w8",
+        "--plan",
+        "predictor.*=w4g128",
+        "--out",
+        tmp_path / "small",
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    sizes = json.loads(result.stdout)
+    assert sizes["bytes"] < 0.6 * sizes["float_bytes"]
+    facts = json.loads(run("info", tmp_path / "small", "--json").stdout)
+    assert facts["bytes"] == sizes["bytes"]
+    assert facts["quantized layers"] == 60
+
+
+def test_collect_and_info_show_the_data(tmp_path):
+    data = tmp_path / "data"
+    assert run("collect", "wall", "--out", data, "--train", 20, "--validation", 5).exit_code == 0
+    result = run("info", data, "--json", "--sheet", tmp_path / "sheet.png")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["train"]["trajectories"] == 20
+    assert facts["validation"]["trajectories"] == 5
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_without_data_says_so(tmp_path):
+    result = run("train", "wall", "--data", tmp_path / "none", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "no data set" in result.output.replace("\n", " ")
+
+
+def test_info_without_arguments_tells_what_there_is():
+    facts = json.loads(run("info", "--json").stdout)
+    assert "wall" in facts["world models"]
+    assert "rtn" in facts["methods"]
+    assert "quick" in facts["presets"]
