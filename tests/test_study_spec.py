@@ -205,7 +205,7 @@ def test_quick_preset():
         *("oracle-state", "oracle-latent", "float"),
         *("w8a8", "w4", "w4g128", "w4a4-token", "w3", "w2"),
     ]
-    assert (spec.episodes, spec.seed, spec.block) == (16, 1, "evaluation")
+    assert (spec.episodes, spec.seed, spec.block) == (24, 1, "evaluation")
     assert spec.mpc_iterations == 6
     settings = build_planner(spec.planner, "wall").settings()
     wanted = {"samples": 64, "steps": 5, "elites": 8, "horizon": 5, "noise_correlation": 0.8}
