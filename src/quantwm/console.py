@@ -22,7 +22,7 @@ from rich.text import Text
 from quantwm.errors import QuantWMError, UsageError
 
 if TYPE_CHECKING:
-    from quantwm.study.run import CellPlan
+    from quantwm.study.dry_run import CellPlan
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         pa.field("provenance", pa.string(), nullable=False),
     ]
 )
-"""Columns of an episode's row, in order (DESIGN section 5)."""
+"""Columns of an episode's row, in order."""
 
 MEASUREMENTS = ("plan_seconds", "peak_memory_mb", "provenance")
 """Columns that may differ between two runs of one cell."""
