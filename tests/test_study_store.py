@@ -7,7 +7,7 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError
@@ -57,6 +57,7 @@ def finished(**changes):
 floats = st.floats(allow_nan=True, allow_infinity=True)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(distance=floats, cost=st.lists(floats), states=st.lists(st.lists(floats)))
 def test_rows_survive_json_exactly(distance, cost, states):
     original = row(final_distance=distance, cost_by_iteration=cost, states=states)

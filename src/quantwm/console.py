@@ -154,7 +154,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     """Nested facts, one a line."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, value in _flat(facts):
-        table.add_row(Text(key, style="bold"), Text(str(value)))
+        table.add_row(Text(key, style="bold"), Text(str(value), overflow="fold"))
     out.print(table)
 
 

@@ -5,17 +5,18 @@ from collections.abc import Iterable
 from quantwm.study.cells import ArmKind, Cell
 
 SECONDS_PER_FRAME: dict[ArmKind, float] = {
-    "oracle-state": 5e-6,
-    "oracle-latent": 1.5e-3,
-    "float": 8e-4,
-    "quantized": 8e-4,
+    "oracle-state": 3e-6,
+    "oracle-latent": 6e-4,
+    "float": 3e-4,
+    "quantized": 3e-4,
 }
 """Seconds to predict (or simulate, or render and encode) one candidate's frame, by kind of arm.
 
-For the bundled compact model on two cores in bfloat16. Oracle-latent encodes one image a
-candidate, which is spread over the frames of its plan.
+Measured with the bundled compact model on two AMX cores in bfloat16 (the quick study's W2 arm,
+whose episodes run to the end). Oracle-latent encodes one image a candidate, which is spread over
+the frames of its plan.
 """
-ACTIVATION_FACTOR = 2.5
+ACTIVATION_FACTOR = 2.0
 """How much slower the simulated quantization of layers' inputs makes a prediction."""
 _DEFAULTS = {"samples": 64, "steps": 5, "horizon": 5}
 
