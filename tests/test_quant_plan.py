@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from quant_support import LINEARS, TAPS, TinyWorldModel
 from quantwm.errors import PlanError, UsageError
@@ -195,3 +196,22 @@ def test_parse_reads_patterns_from_text_and_mappings():
 def test_bad_plans_say_what_is_wrong(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_layers_with_one_problem_share_a_line():
+    class Twelve(TinyWorldModel):
+        def __init__(self):
+            super().__init__()
+            self.row = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(12))
+
+        def quantizable_groups(self):
+            names = tuple(f"row.{i}" for i in range(12))
+            return (*super().quantizable_groups(), LinearGroup(names, None, "row"))
+
+    with pytest.raises(PlanError) as caught:
+        QuantPlan({"row.*": "w4g8"}).resolve(Twelve())
+    lines = [line for line in str(caught.value).splitlines() if "group size 8" in line]
+    assert lines == [
+        "  - row.0, row.1, row.2 and 9 more: group size 8 is larger than the layer's 4 inputs; "
+        "use at most 4, or no groups"
+    ]

@@ -188,6 +188,7 @@ class QuantPlan:
             *self._pattern_problems(reachable, list(layers)),
         ]
         schemes: dict[str, LayerScheme] = {}
+        affected: dict[str, list[str]] = {}
         for name in reachable:
             best = self._best_matches(name)
             if len({scheme for _, scheme in best}) > 1:
@@ -197,7 +198,9 @@ class QuantPlan:
                 )
             elif best and not best[0][1].is_float:
                 schemes[name] = best[0][1]
-                problems += _layer_problems(name, *layers[name], best[0][1])
+                for problem in _layer_problems(*layers[name], best[0][1]):
+                    affected.setdefault(problem, []).append(name)
+        problems += [f"{_listed(names)}: {problem}" for problem, names in affected.items()]
         return schemes, problems
 
     def error(self, problems: Sequence[str]) -> PlanError:
@@ -261,31 +264,36 @@ def input_width(module: nn.Module) -> int:
     return weight[0].numel()
 
 
-def _layer_problems(
-    name: str, kind: GroupKind, module: nn.Module, scheme: LayerScheme
-) -> Iterator[str]:
+def _listed(names: Sequence[str]) -> str:
+    """Layers that share a problem, the first few by name."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _layer_problems(kind: GroupKind, module: nn.Module, scheme: LayerScheme) -> Iterator[str]:
+    """What stands against a layer's scheme, without the layer's name."""
     if kind == "attention_matmul":
         if scheme.weight is not None:
             yield (
-                f"{name}: an attention matmul has no weights, so {str(scheme)!r} cannot apply; "
+                f"an attention matmul has no weights, so {str(scheme)!r} cannot apply; "
                 "give it activation bits alone, such as 'a8-token'"
             )
         if type(module) is not nn.Identity:
-            yield f"{name}: an attention_matmul tap must be nn.Identity, not {_kind_of(module)}"
+            yield f"an attention_matmul tap must be nn.Identity, not {_kind_of(module)}"
         return
     if kind == "linear" and not isinstance(module, nn.Linear):
-        yield f"{name}: is declared linear, but is no nn.Linear: {_kind_of(module)}"
+        yield f"is declared linear, but is no nn.Linear: {_kind_of(module)}"
         return
     if kind == "patch_embedding" and not _is_patch_convolution(module):
         yield (
-            f"{name}: a patch_embedding must be an nn.Conv2d whose kernel equals its stride, "
+            f"a patch_embedding must be an nn.Conv2d whose kernel equals its stride, "
             f"without padding, dilation or groups, not {_kind_of(module)}"
         )
         return
     granularity = scheme.weight.granularity if scheme.weight is not None else None
     if isinstance(granularity, PerGroup) and granularity.size > input_width(module):
         yield (
-            f"{name}: group size {granularity.size} is larger than the layer's "
+            f"group size {granularity.size} is larger than the layer's "
             f"{input_width(module)} inputs; use at most {input_width(module)}, or no groups"
         )
 
