@@ -77,22 +77,6 @@ class Trajectories:
         )
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation of raw actions and proprioception."""
-
-    action_mean: tuple[float, ...]
-    action_std: tuple[float, ...]
-    proprio_mean: tuple[float, ...]
-    proprio_std: tuple[float, ...]
-
-
-def action_statistics(trajectories: Trajectories) -> tuple[FloatArray, FloatArray]:
-    """Mean and standard deviation (A,) of the raw actions."""
-    actions = trajectories.actions.astype(np.float64)
-    return actions.mean(axis=0), actions.std(axis=0)
-
-
 class TrajectoryFolder:
     """A data set folder: reads it, and appends shards to it."""
 

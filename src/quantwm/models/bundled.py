@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from quantwm.models.checkpoint import BUNDLED_FOLDER, load_world_model
-from quantwm.models.dino_wm import DINOWM
+from quantwm.models.checkpoint import BUNDLED_FOLDER
 from quantwm.storage import METADATA_FILE
 
 
@@ -15,8 +14,3 @@ def bundled_names() -> list[str]:
 def bundled_folder(name: str) -> Path:
     """The folder of a bundled world model."""
     return BUNDLED_FOLDER / name
-
-
-def load_bundled(name: str) -> DINOWM:
-    """A bundled world model by name."""
-    return load_world_model(bundled_folder(name))

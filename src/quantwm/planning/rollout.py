@@ -83,8 +83,8 @@ class ModelCost:
         return torch.stack(rows)
 
 
-class OracleStateCost:
-    """The simulator's own dynamics and distance: what the planner could do with a perfect model."""
+class _TrueDynamics:
+    """What the oracles share: the simulator, started from the episodes' true states."""
 
     def __init__(self, task: Task, episodes: Episodes, action_spec: ActionSpec) -> None:
         self._task, self._episodes, self._spec = task, episodes, action_spec
@@ -94,16 +94,30 @@ class OracleStateCost:
         """Remember the true states."""
         self._states[index] = states
 
+    def _final_states(self, index: npt.NDArray[np.intp], actions: Tensor) -> FloatArray:
+        """Where the simulator ends after candidate actions (B, N, H, D): (B, N, S)."""
+        batch, candidates = actions.shape[:2]
+        raw = self._spec.denormalize(actions)
+        repeated = np.repeat(index, candidates)
+        visited = self._task.rollout(
+            self._states[repeated],
+            self._episodes.select(repeated).layout,
+            raw.reshape(-1, *raw.shape[2:]),
+        )
+        return visited[:, -1].reshape(batch, candidates, -1)
+
+
+class OracleStateCost(_TrueDynamics):
+    """The simulator's own dynamics and distance: what the planner could do with a perfect model."""
+
     def __call__(self, index: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
         """Final distance to the goal (B, N)."""
-        final = true_final_states(
-            self._task, self._episodes, self._spec, index, self._states, actions
-        )
+        final = self._final_states(index, actions)
         goals = np.repeat(self._episodes.goal[index][:, None], final.shape[1], axis=1)
         return torch.from_numpy(self._task.distance(final, goals).astype(np.float32))
 
 
-class OracleLatentCost:
+class OracleLatentCost(_TrueDynamics):
     """The simulator's true final frame, encoded, under the model's own objective.
 
     Against oracle-state it shows what representation and objective cost; against the model, what
@@ -120,27 +134,20 @@ class OracleLatentCost:
     ) -> None:
         if objective.mode != "last":
             raise UsageError("oracle-latent sees final frames only: objective mode must be 'last'")
-        self._model, self._task, self._episodes = world_model, task, episodes
-        self._objective, self._chunk = objective, chunk
+        super().__init__(task, episodes, world_model.action_spec)
+        self._model, self._objective, self._chunk = world_model, objective, chunk
         everyone = np.arange(len(episodes))
         self._goals = encode_states(world_model, task, episodes, everyone, episodes.goal)
-        self._states = episodes.start.copy()
-
-    def observe(self, index: npt.NDArray[np.intp], states: FloatArray) -> None:
-        """Remember the true states."""
-        self._states[index] = states
 
     @torch.inference_mode()
     def __call__(self, index: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
         """Costs (B, N), float32 on the CPU."""
-        spec = self._model.action_spec
-        final = true_final_states(self._task, self._episodes, spec, index, self._states, actions)
+        final = torch.from_numpy(self._final_states(index, actions))
         rows = []
-        for position, episode in enumerate(index.tolist()):
+        for episode, states in zip(index.tolist(), final, strict=True):
             costs = []
-            for chunk, count in padded_chunks(torch.from_numpy(final[position]), self._chunk):
-                repeated = np.full(len(chunk), episode)
-                layout = self._episodes.select(repeated).layout
+            for chunk, count in padded_chunks(states, self._chunk):
+                layout = self._episodes.select(np.full(len(chunk), episode)).layout
                 observation = self._task.observe(chunk.numpy()[:, None], layout)
                 parts = as_parts(self._model.encode(observation))
                 candidates = {name: part[None] for name, part in parts.items()}
@@ -171,24 +178,6 @@ def encode_states(
         )
         for i in range(len(index))
     ]
-
-
-def true_final_states(
-    task: Task,
-    episodes: Episodes,
-    action_spec: ActionSpec,
-    index: npt.NDArray[np.intp],
-    states: FloatArray,
-    actions: Tensor,
-) -> FloatArray:
-    """Where the simulator ends after candidate actions (B, N, H, D): (B, N, S)."""
-    batch, candidates = actions.shape[:2]
-    raw = action_spec.denormalize(actions)
-    repeated = np.repeat(index, candidates)
-    visited = task.rollout(
-        states[repeated], episodes.select(repeated).layout, raw.reshape(-1, *raw.shape[2:])
-    )
-    return visited[:, -1].reshape(batch, candidates, -1)
 
 
 def padded_chunks(rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
