@@ -134,9 +134,7 @@ def test_without_statistics_it_encodes_but_cannot_plan():
 
 
 def test_denormalizing_unfolds_the_frameskip():
-    spec = tiny_config().action_spec if hasattr(tiny_config(), "action_spec") else None
-    spec = spec or tiny_model().action_spec
-    raw = spec.denormalize(torch.arange(20.0).reshape(2, 10))
+    raw = tiny_model().action_spec.denormalize(torch.arange(20.0).reshape(2, 10))
     assert raw.shape == (10, 2)
     np.testing.assert_allclose(raw[0], [0 * 0.5 + 0.0, 1 * 0.6 + 0.1])
     np.testing.assert_allclose(raw[5], [10 * 0.5, 11 * 0.6 + 0.1])

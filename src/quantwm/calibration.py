@@ -31,6 +31,7 @@ from quantwm.protocols import Episodes, FloatArray, Planner, Task, WorldModel
 from quantwm.seeds import episode_seeds, keyed_generator
 
 FORMAT_VERSION = 1
+DEFAULT_EPISODES, DEFAULT_SAMPLES = 8, 128
 _STREAM = 20
 
 
@@ -159,9 +160,9 @@ def calibrate(
     world_model: WorldModel,
     task: str | Task,
     *,
-    episodes: int = 8,
+    episodes: int = DEFAULT_EPISODES,
     seed: int = 0,
-    samples: int = 256,
+    samples: int = DEFAULT_SAMPLES,
     planner: Planner | None = None,
     mpc_iterations: int | None = None,
     device: str | torch.device = "auto",

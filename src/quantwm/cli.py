@@ -144,7 +144,7 @@ def quantize(
         str | None, typer.Option(help="Task to calibrate in; default: the model's own.")
     ] = None,
     episodes: Annotated[int, typer.Option(help="Calibration episodes.")] = 8,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Json = False,
 ) -> None:

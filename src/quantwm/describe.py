@@ -12,14 +12,15 @@ from quantwm import storage
 from quantwm.calibration import Calibration
 from quantwm.compute import dtype_name, package_version, resolve_device, resolve_dtype
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
-from quantwm.envs import TASKS, get_task
+from quantwm.envs import TASKS
 from quantwm.errors import UsageError
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import method_names
 from quantwm.models.bundled import bundled_names
 from quantwm.quant import quantization_of, stored_bytes
-from quantwm.study.spec import presets
+from quantwm.study.prepare import build_task
+from quantwm.study.spec import RECORD, presets
 from quantwm.study.store import ResultsFolder
 
 _SHEET_ROWS, _SHEET_COLUMNS, _THUMBNAIL = 4, 6, 112
@@ -71,7 +72,7 @@ def contact_sheet(source: str, path: Path) -> None:
     """
     folder = TrajectoryFolder(Path(source))
     index = folder.index()
-    task = _task_of(index["task"])
+    task = build_task(index["task"])
     trajectories = folder.load("train")
     chosen = np.linspace(0, len(trajectories) - 1, _SHEET_ROWS).astype(int)
     sheet = Image.new("RGB", (_SHEET_COLUMNS * _THUMBNAIL, _SHEET_ROWS * _THUMBNAIL))
@@ -137,7 +138,7 @@ def _statistics(trajectories: Trajectories) -> dict[str, Any]:
 
 def _describe_results(folder: ResultsFolder) -> dict[str, Any]:
     config = folder.read_config() or {}
-    record: Mapping[str, Any] = config.pop("record", None) or {}
+    record: Mapping[str, Any] = config.pop(RECORD, None) or {}
     cells: Mapping[str, str] = record.get("cells") or {}
     state = {
         arm: "finished" if folder.peek_cell(cell) is not None else "missing"
@@ -155,15 +156,6 @@ def _describe_calibration(calibration: Calibration) -> dict[str, Any]:
         "hash": calibration.hash,
         "origin": calibration.origin,
     }
-
-
-def _task_of(settings: Mapping[str, Any]) -> Any:
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-    }
-    name = values.pop("name")
-    values.pop("version", None)
-    return get_task(name, **values)
 
 
 def _rounded(values: Any) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from quantwm.calibration import DEFAULT_EPISODES, DEFAULT_SAMPLES
 from quantwm.compute import DTYPES
 from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations
@@ -31,8 +32,8 @@ class CalibrationSettings:
         seed: of the calibration block, which no evaluation meets.
     """
 
-    episodes: int = 8
-    samples: int = 128
+    episodes: int = DEFAULT_EPISODES
+    samples: int = DEFAULT_SAMPLES
     seed: int = 0
 
     def __post_init__(self) -> None:
