@@ -11,12 +11,8 @@ from quantwm.planning.defaults import default_planner
 from quantwm.planning.mpc import run_episodes
 from quantwm.planning.noise import action_noise
 from quantwm.planning.objective import Objective
-from quantwm.planning.rollout import (
-    ModelCost,
-    OracleLatentCost,
-    OracleStateCost,
-    padded_chunks,
-)
+from quantwm.planning.oracles import OracleLatentCost, OracleStateCost
+from quantwm.planning.rollout import ModelCost
 from quantwm.protocols import ActionSpec
 
 SPEC = ActionSpec(dim=2, frameskip=3, mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -94,13 +90,6 @@ def test_objective_against_numbers_worked_by_hand():
 def test_objective_refuses_a_part_that_the_latent_has_not():
     with pytest.raises(UsageError, match="sound"):
         Objective({"sound": 1.0})(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2))
-
-
-def test_chunks_have_one_size_and_say_how_much_of_them_is_real():
-    chunks = padded_chunks(torch.arange(10.0)[:, None], 4)
-    assert [len(chunk) for chunk, _ in chunks] == [4, 4, 4]
-    assert [count for _, count in chunks] == [4, 4, 2]
-    assert chunks[-1][0].flatten().tolist() == [8, 9, 9, 9]
 
 
 @pytest.mark.parametrize("oracle", ["model", "state", "latent"])

@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import os
+import re
 import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +16,11 @@ import torch
 from quantwm.errors import UsageError, unknown_name
 from quantwm.protocols import WorldModel
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised whenever a change of this package moves the rows of an unchanged configuration."""
 
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Model = TypeVar("Model", bound=WorldModel)
 
@@ -134,3 +138,49 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, as its system reports them."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_number(r"^MemAvailable:\s+(\d+) kB", _MEMINFO, 1024)]
+    limit = _number(r"^(\d+)$", _CGROUP / "memory.max")
+    used = _number(r"^(\d+)$", _CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        limits.append(max(0, limit - used))
+    known = [value for value in limits if value is not None]
+    return min(known) if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _number(pattern: str, path: Path, unit: int = 1) -> int | None:
+    try:
+        match = re.search(pattern, path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match.group(1)) * unit if match else None
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "500MB", "2 GB", "1.5GiB" or a plain number.
+
+    Raises:
+        UsageError: anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?\s*", str(text))
+    size = 0
+    if match is not None:
+        number, prefix, binary = match.groups()
+        power = " kMG".index(prefix or " ")
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if match is None or size < 1:
+        raise UsageError(f"a memory budget is a number of bytes such as 2GB or 500MB, got {text!r}")
+    return size
+
+
+def shown_bytes(size: int) -> str:
+    """A size for a reader, such as "1.2 GB"."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.compute import (
+    parse_bytes,
     peak_memory_mb,
     placed,
     provenance_json,
@@ -21,7 +22,8 @@ from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations, default_planner
 from quantwm.planning.mpc import Trace, run_episodes
 from quantwm.planning.objective import Objective
-from quantwm.planning.rollout import ModelCost, ObservedCost, OracleLatentCost, OracleStateCost
+from quantwm.planning.oracles import OracleLatentCost, OracleStateCost
+from quantwm.planning.rollout import ModelCost, ObservedCost
 from quantwm.protocols import Episodes, Planner, Task, WorldModel
 from quantwm.seeds import SeedBlock, episode_seeds
 from quantwm.statistics import PairedDifference, paired_difference, wilson_interval
@@ -86,6 +88,7 @@ def evaluate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
     arm: str = "model",
     progress: Progress | None = None,
 ) -> Outcome:
@@ -104,6 +107,8 @@ def evaluate(
         baseline: evaluated alike, to compare with pair by pair.
         device, dtype: "auto" takes a GPU where there is one, and bfloat16 where it is native.
         batch_size: episodes planned together; default all. Changes no row.
+        memory_budget: bytes, or text such as "2GB", that rollouts in flight may take; default
+            half of what is free. Changes no row.
         arm: the rows' label.
         progress: called after each MPC iteration.
 
@@ -112,13 +117,24 @@ def evaluate(
         MissingStatisticsError: the model carries no action statistics.
     """
     settings = _Settings.resolve(
-        task, episodes, seed, block, planner, mpc_iterations, device, dtype, batch_size
+        task,
+        episodes,
+        seed,
+        block,
+        planner,
+        mpc_iterations,
+        device,
+        dtype,
+        batch_size,
+        memory_budget,
     )
     placed_model = placed(world_model, settings.device, settings.dtype)
     objective = Objective(world_model.objective_weights)
 
     def cost(batch: Episodes) -> ObservedCost:
-        return ModelCost(placed_model, settings.task, batch, objective)
+        return ModelCost(
+            placed_model, settings.task, batch, objective, memory_budget=settings.memory_budget
+        )
 
     rows = _run(settings, cost, placed_model, arm, progress)
     if baseline is None:
@@ -134,6 +150,7 @@ def evaluate(
         device=settings.device,
         dtype=settings.dtype,
         batch_size=batch_size,
+        memory_budget=memory_budget,
         arm="baseline",
         progress=progress,
     )
@@ -154,6 +171,7 @@ def evaluate_oracle(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
     arm: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -169,7 +187,16 @@ def evaluate_oracle(
     if kind not in ORACLES:
         raise unknown_name("oracle", kind, ORACLES)
     settings = _Settings.resolve(
-        task, episodes, seed, block, planner, mpc_iterations, device, dtype, batch_size
+        task,
+        episodes,
+        seed,
+        block,
+        planner,
+        mpc_iterations,
+        device,
+        dtype,
+        batch_size,
+        memory_budget,
     )
     placed_model = placed(world_model, settings.device, settings.dtype)
     objective = Objective(world_model.objective_weights)
@@ -177,7 +204,9 @@ def evaluate_oracle(
     def cost(batch: Episodes) -> ObservedCost:
         if kind == "oracle-state":
             return OracleStateCost(settings.task, batch, world_model.action_spec)
-        return OracleLatentCost(placed_model, settings.task, batch, objective)
+        return OracleLatentCost(
+            placed_model, settings.task, batch, objective, memory_budget=settings.memory_budget
+        )
 
     return Outcome(_run(settings, cost, placed_model, arm or kind, progress))
 
@@ -195,6 +224,7 @@ class _Settings:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    memory_budget: int | None
 
     @classmethod
     def resolve(
@@ -208,6 +238,7 @@ class _Settings:
         device: str | torch.device,
         dtype: str | torch.dtype,
         batch_size: int | None,
+        memory_budget: int | str | None,
     ) -> "_Settings":
         resolved_task = get_task(task) if isinstance(task, str) else task
         resolved_device = resolve_device(device)
@@ -228,6 +259,7 @@ class _Settings:
             resolved_device,
             resolve_dtype(dtype, resolved_device),
             batch_size,
+            None if memory_budget is None else parse_bytes(memory_budget),
         )
 
 

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from quantwm.errors import UsageError, unknown_name
 from quantwm.models.dinov2 import DINOv2
-from quantwm.models.predictor import Predictor
+from quantwm.models.predictor import Predictor, Window
 from quantwm.protocols import ActionSpec, Latent, LinearGroup, Observation
 
 Numbers = tuple[float, ...]
+_TOKENS_A_CHUNK = 800
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,15 @@ class DINOWM(nn.Module):
         }
 
     @property
+    def rollout_chunk(self) -> int:
+        """Candidates that a CPU core should roll out at once.
+
+        Enough tokens a frame for the matrix products to reach their speed, few enough for what
+        lies between them to stay in a cache.
+        """
+        return max(1, _TOKENS_A_CHUNK // self.config.frame_tokens)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute type: that of the position embedding, which is never quantized."""
         return self.predictor.pos_embedding.dtype
@@ -292,21 +302,23 @@ class DINOWM(nn.Module):
         if not 1 <= observed <= horizon:
             raise UsageError(f"{observed} observed frames need at least as many actions")
         action = self.embed_actions(actions.flatten(0, 1))
-        parts = {k: v.repeat_interleave(candidates, dim=0) for k, v in latent.items()}
+        # A view where there is one episode: the tokens are the first copy.
+        parts = {
+            name: part.unsqueeze(1).expand(-1, candidates, *part.shape[1:]).flatten(0, 1)
+            for name, part in latent.items()
+        }
         frames = [
             self.tokens(parts["visual"][:, t], parts["proprio"][:, t], action[:, t])
             for t in range(observed)
         ]
+        window, fresh = Window(self.predictor), frames
         for t in range(observed, horizon + 1):
-            window = torch.stack(frames[-self.config.num_hist :], dim=1)
-            newest = self.predict(window)[:, -1]
+            newest = window.successor(fresh)
             if t < horizon:
                 newest = self.replace_action(newest, action[:, t])
-            frames.append(newest)
-            if last_only:
-                del frames[: -self.config.num_hist]
-        kept = frames[-1:] if last_only else frames
-        stacked = torch.stack(kept, dim=1)
+            fresh = [newest]
+            frames = fresh if last_only else [*frames, newest]
+        stacked = torch.stack(frames, dim=1)
         return self.split_tokens(stacked.view(batch, candidates, *stacked.shape[1:]))
 
     def quantizable_groups(self) -> Sequence[LinearGroup]:

@@ -4,12 +4,13 @@ It has no input or output projection: tokens go in, the next frame's tokens come
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from quantwm.models.attention import KeyValueCache
 from quantwm.models.transformer import Block
 
 _REFERENCE_LAYER = re.compile(r"^(?:transformer\.)?layers\.(\d+)\.(?:(0|attn)|(1|ff|mlp))\.(.+)$")
@@ -56,19 +57,74 @@ class Predictor(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        frame = torch.arange(num_frames * num_patches) // num_patches
-        self.register_buffer("mask", frame[:, None] >= frame[None, :], persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of T ≤ num_frames frames (rows, T·P, width) → each frame's successor."""
-        count = tokens.shape[1]
-        mask = None
-        if count > self.num_patches:
-            mask = cast(Tensor, self.mask)[:count, :count]
-        tokens = tokens + self.pos_embedding[:, :count].to(tokens.dtype)
-        for block in self.blocks:
-            tokens = block(tokens, mask)
+    def new_cache(self) -> list[KeyValueCache]:
+        """An empty window, to be filled by `forward`."""
+        capacity = self.num_frames * self.num_patches
+        return [KeyValueCache(capacity) for _ in self.blocks]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        cache: list[KeyValueCache] | None = None,
+        newest_only: bool = False,
+    ) -> Tensor:
+        """Predict each frame's successor.
+
+        Args:
+            tokens: of T frames, (rows, T·P, width), T ≤ num_frames less those in `cache`.
+            cache: frames of the same window that came before; takes in those of `tokens`.
+                Frames keep their positions in a window, so once it slides a new cache is needed.
+            newest_only: return the newest frame's successor only.
+
+        Returns:
+            (rows, T·P, width), or (rows, P, width).
+        """
+        caches: Sequence[KeyValueCache | None] = cache or [None] * len(self.blocks)
+        begin = cache[0].length if cache else 0
+        position = self.pos_embedding[:, begin : begin + tokens.shape[1]]
+        tokens = tokens + position.to(tokens.dtype)
+        last = len(self.blocks) - 1
+        for number, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
+            only = newest_only and number == last
+            tokens = block(tokens, self.num_patches, cache=own, newest_only=only)
+        if newest_only and last < 0:
+            tokens = tokens[:, -self.num_patches :]
         return cast(Tensor, self.norm(tokens))
+
+
+class Window:
+    """The last `num_frames` frames of a rollout, predicted from with the fewest operations.
+
+    Until the window slides, a frame keeps its position and what it sees, so its keys and values
+    are kept and only the newest frame is computed. Once it slides, every position has moved and
+    with it everything that was computed: the whole window is computed again, but of the last
+    block only what the newest frame needs.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._frames: list[Tensor] = []
+        self._seen = 0
+        self._cache = predictor.new_cache() if predictor.num_frames > 1 else None
+
+    def successor(self, fresh: Sequence[Tensor]) -> Tensor:
+        """Take in frames and predict the newest one's successor.
+
+        Args:
+            fresh: the frames since the last call, each (rows, P, width).
+
+        Returns:
+            (rows, P, width).
+        """
+        size = self._predictor.num_frames
+        self._frames = [*self._frames, *fresh][-size:]
+        self._seen += len(fresh)
+        if self._seen > size:
+            self._cache, fresh = None, self._frames
+        tokens = torch.cat(list(fresh), dim=1) if len(fresh) > 1 else fresh[0]
+        return cast(Tensor, self._predictor(tokens, cache=self._cache, newest_only=True))
 
 
 def reference_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

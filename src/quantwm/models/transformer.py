@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantwm.models.attention import KeyValueCache, frame_causal
+
 
 class LayerScale(nn.Module):
     """A learned factor a channel on a residual branch."""
@@ -22,39 +24,75 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class Projection(nn.Linear):
+    """A linear that can be asked for some of its outputs."""
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """(..., in) → (..., out), or the features `outputs` of it."""
+        if outputs is None:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias[outputs]
+        return F.linear(x, self.weight[outputs], bias)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention.
+    """Multi-head self-attention, causal over frames.
 
     The four `*_input` taps see the operands of the two matrix products (q and k; probabilities
     and v), so that a quantizer can be put there without changing this class. While `p_input` is
-    an identity the fused kernel runs, which never forms the probabilities.
+    an identity the probabilities need never be formed.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int, *, qkv_bias: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=qkv_bias)
+        self.qkv = Projection(width, 3 * heads * head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * head_dim, width)
         self.q_input = nn.Identity()
         self.k_input = nn.Identity()
         self.p_input = nn.Identity()
         self.v_input = nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(rows, tokens, width) → the same; `mask` (tokens, tokens) is True where one may look."""
-        rows, tokens, _ = x.shape
-        qkv = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_frame: int | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        newest_only: bool = False,
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: (rows, tokens, width), frame after frame.
+            tokens_per_frame: None if all tokens are one frame.
+            cache: of the frames before `x`; takes in those of `x`.
+            newest_only: return the newest frame's tokens only; of older frames only keys and
+                values are computed.
+
+        Returns:
+            (rows, tokens, width), or (rows, tokens_per_frame, width).
+        """
+        size = tokens_per_frame or x.shape[1]
+        q, k, v = self._older_and_newest(x, size) if newest_only else self._heads(self.qkv(x))
         q, k, v = self.q_input(q), self.k_input(k), self.v_input(v)
-        if type(self.p_input) is nn.Identity:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            logits = q @ k.transpose(-1, -2) * self.head_dim**-0.5
-            if mask is not None:
-                logits = logits.masked_fill(~mask, float("-inf"))
-            mixed = self.p_input(logits.softmax(-1)) @ v
-        mixed = mixed.transpose(1, 2).reshape(rows, tokens, self.heads * self.head_dim)
-        return cast(Tensor, self.proj(mixed))
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return cast(Tensor, self.proj(frame_causal(q, k, v, size, self.p_input)))
+
+    def _older_and_newest(self, x: Tensor, size: int) -> list[Tensor]:
+        """Queries of the newest frame, keys and values of all."""
+        q, *newest = self._heads(self.qkv(x[:, -size:]))
+        if x.shape[1] == size:
+            return [q, *newest]
+        inner = self.heads * self.head_dim
+        older = self._heads(self.qkv(x[:, :-size], outputs=slice(inner, None)))
+        return [q, *(torch.cat(pair, dim=2) for pair in zip(older, newest, strict=True))]
+
+    def _heads(self, projected: Tensor) -> list[Tensor]:
+        """(rows, tokens, n · heads · head_dim) → n times (rows, heads, tokens, head_dim)."""
+        split = projected.view(*projected.shape[:-1], -1, self.heads, self.head_dim)
+        return list(split.permute(2, 0, 3, 1, 4).unbind(0))
 
 
 class MLP(nn.Module):
@@ -103,9 +141,17 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
         self.dropout = dropout
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(rows, tokens, width) → the same."""
-        x = x + self._drop(self.ls1(self.attn(self.norm1(x), mask)))
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_frame: int | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        newest_only: bool = False,
+    ) -> Tensor:
+        """(rows, tokens, width) → the same, or its newest frame; see `Attention.forward`."""
+        mixed = self.attn(self.norm1(x), tokens_per_frame, cache=cache, newest_only=newest_only)
+        x = x[:, -mixed.shape[1] :] + self._drop(self.ls1(mixed))
         return x + self._drop(self.ls2(self.mlp(self.norm2(x))))
 
     def _drop(self, x: Tensor) -> Tensor:

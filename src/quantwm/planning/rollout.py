@@ -1,4 +1,4 @@
-"""Costs of candidate plans: by the world model, or by the simulator for the oracles.
+"""Costs of candidate plans, by rolling them out in the world model.
 
 A cost is observed (`observe`) once a replan and then asked for candidates many times. Every kernel
 sees one episode's candidates in chunks of one fixed size, padded where they do not fill it, and
@@ -6,6 +6,8 @@ one image at a time when observations are encoded. So an episode's numbers canno
 episodes beside it, on how many are planned together, or on the memory at hand.
 """
 
+from collections.abc import Sequence
+from math import ceil
 from typing import Protocol
 
 import numpy as np
@@ -16,17 +18,11 @@ from torch import Tensor
 from quantwm.compute import device_of
 from quantwm.errors import UsageError
 from quantwm.planning.objective import Objective, as_parts, like
-from quantwm.protocols import (
-    ActionSpec,
-    Episodes,
-    FloatArray,
-    Latent,
-    Task,
-    WorldModel,
-)
+from quantwm.planning.workers import Workers
+from quantwm.protocols import Episodes, FloatArray, Latent, Observation, Task, WorldModel
 
-CHUNK = 64
-"""Candidates that a kernel sees at once; fixed, because results may depend on it."""
+CPU_CHUNK, CUDA_CHUNK = 16, 64
+"""Candidates that a kernel sees at once, unless the model says otherwise (`rollout_chunk`)."""
 
 
 class ObservedCost(Protocol):
@@ -41,87 +37,107 @@ class ObservedCost(Protocol):
         ...
 
 
-class ModelCost:
-    """The world model's own opinion: roll out in latent space, compare with the encoded goal."""
+class Rollouts:
+    """Rolls candidates out from observed latents and asks the objective what they are worth.
+
+    Args:
+        world_model: in evaluation mode, on its device.
+        objective: compares what is predicted with the goal.
+        chunk: candidates that a kernel sees at once. Fixed, because results may depend on it
+            within rounding: the model's `rollout_chunk` if it has one, else 16 (CUDA: 64).
+        memory_budget: bytes that the chunks in flight may take together; changes no result.
+
+    Raises:
+        UsageError: a number below one.
+    """
 
     def __init__(
         self,
         world_model: WorldModel,
-        task: Task,
-        episodes: Episodes,
         objective: Objective,
-        chunk: int = CHUNK,
+        *,
+        chunk: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
-        if chunk < 1:
-            raise UsageError(f"chunk must be at least 1, got {chunk}")
-        self._model, self._task, self._episodes = world_model, task, episodes
-        self._objective, self._chunk = objective, chunk
+        self._model, self._objective = world_model, objective
         self._device = device_of(world_model)
-        everyone = np.arange(len(episodes))
-        self._goals = encode_states(world_model, task, episodes, everyone, episodes.goal)
-        self._current: dict[int, Latent] = {}
+        self.chunk = _chunk_of(world_model, self._device) if chunk is None else chunk
+        if self.chunk < 1:
+            raise UsageError(f"chunk must be at least 1, got {self.chunk}")
+        what = f"a rollout of {self.chunk} candidates"
+        self.workers = Workers(self._device, memory_budget, what)
+        self._gradient_workers = Workers(self._device, memory_budget, f"the gradient of {what}")
 
-    def observe(self, index: npt.NDArray[np.intp], states: FloatArray) -> None:
-        """Encode the current frame of each episode, once a replan."""
-        latents = encode_states(self._model, self._task, self._episodes, index, states)
-        self._current = dict(zip(index.tolist(), latents, strict=True))
+    def costs(self, latents: Sequence[Latent], goals: Sequence[Latent], actions: Tensor) -> Tensor:
+        """Costs of candidates.
 
-    @torch.inference_mode()
-    def __call__(self, index: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
-        """Costs (B, N), float32 on the CPU."""
-        last_only = self._objective.mode == "last"
-        rows = []
-        for episode, candidates in zip(index.tolist(), actions, strict=True):
-            costs = []
-            for chunk, count in padded_chunks(candidates, self._chunk):
-                predicted = self._model.rollout(
-                    self._current[episode], chunk[None].to(self._device), last_only=last_only
-                )
-                cost = self._objective(predicted, self._goals[episode])
-                costs.append(cost[0, :count].float().cpu())
-            rows.append(torch.cat(costs))
-        return torch.stack(rows)
+        Args:
+            latents, goals: of each episode, tensors (1, 1, ...) on the model's device.
+            actions: normalised, (B, N, H, D).
 
+        Returns:
+            (B, N) float32 on the CPU.
+        """
 
-class _TrueDynamics:
-    """What the oracles share: the simulator, started from the episodes' true states."""
+        @torch.inference_mode()
+        def run(job: tuple[int, int]) -> Tensor:
+            episode, begin = job
+            chunk = self._padded(actions[episode], begin)
+            return self._cost(latents[episode], goals[episode], chunk)
 
-    def __init__(self, task: Task, episodes: Episodes, action_spec: ActionSpec) -> None:
-        self._task, self._episodes, self._spec = task, episodes, action_spec
-        self._states = episodes.start.copy()
+        return self._joined(self.workers.map(run, self._jobs(actions)), actions)
 
-    def observe(self, index: npt.NDArray[np.intp], states: FloatArray) -> None:
-        """Remember the true states."""
-        self._states[index] = states
+    def gradients(
+        self, latents: Sequence[Latent], goals: Sequence[Latent], actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Costs (B, N) and their derivatives with respect to the actions (B, N, H, D).
 
-    def _final_states(self, index: npt.NDArray[np.intp], actions: Tensor) -> FloatArray:
-        """Where the simulator ends after candidate actions (B, N, H, D): (B, N, S)."""
-        batch, candidates = actions.shape[:2]
-        raw = self._spec.denormalize(actions)
-        repeated = np.repeat(index, candidates)
-        visited = self._task.rollout(
-            self._states[repeated],
-            self._episodes.select(repeated).layout,
-            raw.reshape(-1, *raw.shape[2:]),
+        Arguments as in `costs`; both results are float32 on the CPU.
+        """
+        # What was encoded in inference mode cannot take part in a backward pass; a copy can.
+        latents = [_copied(latent) for latent in latents]
+
+        def run(job: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            episode, begin = job
+            chunk = self._padded(actions[episode], begin).requires_grad_()
+            with torch.enable_grad():
+                cost = self._cost(latents[episode], goals[episode], chunk)
+            (gradient,) = torch.autograd.grad(cost.sum(), chunk)
+            return cost.detach(), gradient.float().cpu()
+
+        results = self._gradient_workers.map(run, self._jobs(actions))
+        costs = self._joined([cost for cost, _ in results], actions)
+        return costs, self._joined([gradient for _, gradient in results], actions)
+
+    def _cost(self, latent: Latent, goal: Latent, chunk: Tensor) -> Tensor:
+        predicted = self._model.rollout(
+            latent, chunk[None].to(self._device), last_only=self._objective.mode == "last"
         )
-        return visited[:, -1].reshape(batch, candidates, -1)
+        return self._objective(predicted, goal)[0].float().cpu()
+
+    def _jobs(self, actions: Tensor) -> list[tuple[int, int]]:
+        episodes, candidates = actions.shape[:2]
+        return [(b, begin) for b in range(episodes) for begin in range(0, candidates, self.chunk)]
+
+    def _padded(self, candidates: Tensor, begin: int) -> Tensor:
+        return padded(candidates[begin : begin + self.chunk], self.chunk)
+
+    def _joined(self, results: Sequence[Tensor], actions: Tensor) -> Tensor:
+        """Chunks (chunk, ...), episode after episode → (B, N, ...), the padding dropped."""
+        episodes, candidates = actions.shape[:2]
+        each = ceil(candidates / self.chunk)
+        whole = torch.stack(list(results))
+        return whole.view(episodes, each * self.chunk, *whole.shape[2:])[:, :candidates]
 
 
-class OracleStateCost(_TrueDynamics):
-    """The simulator's own dynamics and distance: what the planner could do with a perfect model."""
+class ModelCost:
+    """The world model's own opinion: roll out in latent space, compare with the encoded goal.
 
-    def __call__(self, index: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
-        """Final distance to the goal (B, N)."""
-        final = self._final_states(index, actions)
-        goals = np.repeat(self._episodes.goal[index][:, None], final.shape[1], axis=1)
-        return torch.from_numpy(self._task.distance(final, goals).astype(np.float32))
-
-
-class OracleLatentCost(_TrueDynamics):
-    """The simulator's true final frame, encoded, under the model's own objective.
-
-    Against oracle-state it shows what representation and objective cost; against the model, what
-    its dynamics cost.
+    Args:
+        world_model, task: what imagines, and what is observed.
+        episodes: whose goals are encoded at once.
+        objective: compares the two.
+        chunk, memory_budget: see `Rollouts`.
     """
 
     def __init__(
@@ -130,65 +146,80 @@ class OracleLatentCost(_TrueDynamics):
         task: Task,
         episodes: Episodes,
         objective: Objective,
-        chunk: int = CHUNK,
+        *,
+        chunk: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
-        if objective.mode != "last":
-            raise UsageError("oracle-latent sees final frames only: objective mode must be 'last'")
-        super().__init__(task, episodes, world_model.action_spec)
-        self._model, self._objective, self._chunk = world_model, objective, chunk
+        self._rollouts = Rollouts(world_model, objective, chunk=chunk, memory_budget=memory_budget)
+        self._encoder = StateEncoder(world_model, task, episodes, memory_budget)
         everyone = np.arange(len(episodes))
-        self._goals = encode_states(world_model, task, episodes, everyone, episodes.goal)
+        self._goals = self._encoder(everyone, episodes.goal)
+        self._current: dict[int, Latent] = {}
 
-    @torch.inference_mode()
+    def observe(self, index: npt.NDArray[np.intp], states: FloatArray) -> None:
+        """Encode the current frame of each episode, once a replan."""
+        self._current.update(zip(index.tolist(), self._encoder(index, states), strict=True))
+
     def __call__(self, index: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
         """Costs (B, N), float32 on the CPU."""
-        final = torch.from_numpy(self._final_states(index, actions))
-        rows = []
-        for episode, states in zip(index.tolist(), final, strict=True):
-            costs = []
-            for chunk, count in padded_chunks(states, self._chunk):
-                layout = self._episodes.select(np.full(len(chunk), episode)).layout
-                observation = self._task.observe(chunk.numpy()[:, None], layout)
-                parts = as_parts(self._model.encode(observation))
-                candidates = {name: part[None] for name, part in parts.items()}
-                goal = self._goals[episode]
-                cost = self._objective(like(candidates, goal), goal)
-                costs.append(cost[0, :count].float().cpu())
-            rows.append(torch.cat(costs))
-        return torch.stack(rows)
+        return self._rollouts.costs(*self._ends(index), actions)
+
+    def gradient(self, index: npt.NDArray[np.intp], actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Costs (B, N) and their derivatives (B, N, H, D), float32 on the CPU."""
+        return self._rollouts.gradients(*self._ends(index), actions)
+
+    def _ends(self, index: npt.NDArray[np.intp]) -> tuple[list[Latent], list[Latent]]:
+        """Where the episodes are and where they should go."""
+        episodes = index.tolist()
+        return [self._current[i] for i in episodes], [self._goals[i] for i in episodes]
 
 
-@torch.inference_mode()
-def encode_states(
-    world_model: WorldModel,
-    task: Task,
-    episodes: Episodes,
-    index: npt.NDArray[np.intp],
-    states: FloatArray,
-) -> list[Latent]:
-    """Latents (1, 1, ...) of the states (len(index), S) of episodes `index`, one image a call."""
-    layout = episodes.select(index).layout
-    observation = task.observe(states[:, None], layout)
-    return [
-        world_model.encode(
-            {
+class StateEncoder:
+    """Encodes states of episodes, one image a call.
+
+    Args:
+        world_model, task: what encodes, and what renders.
+        episodes: whose layouts are rendered.
+        memory_budget: see `Workers`.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        task: Task,
+        episodes: Episodes,
+        memory_budget: int | None = None,
+    ) -> None:
+        self._model, self._task, self._episodes = world_model, task, episodes
+        self._workers = Workers(device_of(world_model), memory_budget, "encoding an image")
+
+    def __call__(self, index: npt.NDArray[np.intp], states: FloatArray) -> list[Latent]:
+        """Latents (1, 1, ...) of the states (len(index), S) of episodes `index`."""
+        layout = self._episodes.select(index).layout
+        observation = self._task.observe(states[:, None], layout)
+
+        @torch.inference_mode()
+        def encode(i: int) -> Latent:
+            one: Observation = {
                 "visual": observation["visual"][i : i + 1],
                 "proprio": observation["proprio"][i : i + 1],
             }
-        )
-        for i in range(len(index))
-    ]
+            return self._model.encode(one)
+
+        return self._workers.map(encode, range(len(index)))
 
 
-def padded_chunks(rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """Split (N, ...) into chunks of exactly `size` rows, the last filled with copies of its last
-    row; each with how many of its rows are real."""
-    chunks = []
-    for begin in range(0, len(rows), size):
-        chunk = rows[begin : begin + size]
-        count = len(chunk)
-        if count < size:
-            filler = chunk[-1:].expand(size - count, *chunk.shape[1:])
-            chunk = torch.cat([chunk, filler])
-        chunks.append((chunk, count))
-    return chunks
+def padded(rows: Tensor, size: int) -> Tensor:
+    """(n ≤ size, ...) filled up to `size` rows with copies of its last one."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _chunk_of(world_model: WorldModel, device: torch.device) -> int:
+    if device.type != "cpu":
+        return CUDA_CHUNK
+    return int(getattr(world_model, "rollout_chunk", CPU_CHUNK))
+
+
+def _copied(latent: Latent) -> Latent:
+    return like({name: part.clone() for name, part in as_parts(latent).items()}, latent)
