@@ -6,48 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dino_wm_support import observation, tiny_config, tiny_model
 from quantwm import loading
 from quantwm.errors import CorruptFileError, MissingStatisticsError, UsageError
 from quantwm.models import checkpoint
 from quantwm.models.checkpoint import load_world_model, save_world_model
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
-
-
-def tiny_config(**changes):
-    settings = {
-        "task": "wall",
-        "action_dim": 2,
-        "proprio_dim": 2,
-        "encoder": EncoderConfig(2, 24, 3, patch_size=14, pretrained_grid=5),
-        "predictor": PredictorConfig(2, 2, 8, 32),
-        "image_size": 28,
-        "num_hist": 2,
-        "action_mean": (0.0, 0.1),
-        "action_std": (0.5, 0.6),
-        "proprio_mean": (32.0, 32.0),
-        "proprio_std": (15.0, 15.0),
-    }
-    settings |= changes
-    if settings.get("concat_dim") == 0:
-        settings |= {"action_emb_dim": 24, "proprio_emb_dim": 24}
-    return DINOWMConfig(**settings)
-
-
-def tiny_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    model = DINOWM(tiny_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
-def observation(batch=2, frames=1, seed=0):
-    generator = np.random.default_rng(seed)
-    return {
-        "visual": generator.integers(0, 256, (batch, frames, 224, 224, 3), np.uint8),
-        "proprio": generator.uniform(5, 60, (batch, frames, 2)).astype(np.float32),
-    }
+from quantwm.models.dino_wm import DINOWM, DINOWMConfig, PredictorConfig
 
 
 @torch.no_grad()

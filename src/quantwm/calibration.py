@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from quantwm.compute import device_of, placed, resolve_device, resolve_dtype
+from quantwm.compute import device_of, parse_bytes, placed, resolve_device, resolve_dtype
 from quantwm.envs import get_task
 from quantwm.errors import CorruptFileError, UsageError
 from quantwm.evaluation import Progress
@@ -167,6 +167,7 @@ def calibrate(
     mpc_iterations: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    memory_budget: int | str | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Let the float model plan on calibration goals and keep what it was fed.
@@ -177,7 +178,7 @@ def calibrate(
         world_model: the float model that is to be quantized.
         episodes, seed: calibration episodes.
         samples: candidate sequences to keep, spread evenly over observations.
-        planner, mpc_iterations, device, dtype: as in `evaluate`.
+        planner, mpc_iterations, device, dtype, memory_budget: as in `evaluate`.
 
     Raises:
         UsageError: a number out of range, or fewer distinct sequences than `samples`.
@@ -191,7 +192,13 @@ def calibrate(
     compute_dtype = resolve_dtype(dtype, resolved_device)
     placed_model = placed(world_model, resolved_device, compute_dtype)
     goals = resolved_task.episodes(episode_seeds("calibration", seed, episodes))
-    cost = ModelCost(placed_model, resolved_task, goals, Objective(world_model.objective_weights))
+    cost = ModelCost(
+        placed_model,
+        resolved_task,
+        goals,
+        Objective(world_model.objective_weights),
+        memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+    )
     recording = _Recording(cost, resolved_task, goals)
     run_episodes(
         resolved_task,

@@ -30,15 +30,26 @@ class KeyValueCache:
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (rows, heads, tokens, head_dim); returns all keys and all values so far."""
         rows, heads, tokens, width = keys.shape
+        if self.length + tokens > self.capacity:
+            total = self.length + tokens
+            raise ValueError(f"{total} tokens do not fit a window of {self.capacity}")
+        if torch.is_grad_enabled():
+            return self._concatenated(keys, values)
         if self._keys is None or self._values is None:
             shape = (rows, heads, self.capacity, width)
             self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
         begin, self.length = self.length, self.length + tokens
-        if self.length > self.capacity:
-            raise ValueError(f"{self.length} tokens do not fit a window of {self.capacity}")
         self._keys[:, :, begin : self.length] = keys
         self._values[:, :, begin : self.length] = values
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def _concatenated(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New tensors, because a backward pass needs the earlier ones as they were."""
+        if self._keys is not None and self._values is not None:
+            keys = torch.cat([self._keys, keys], dim=2)
+            values = torch.cat([self._values, values], dim=2)
+        self._keys, self._values, self.length = keys, values, keys.shape[2]
+        return keys, values
 
 
 def frame_causal(

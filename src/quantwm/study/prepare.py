@@ -1,6 +1,6 @@
 """From a study's settings to its cells: everything that can be checked before any compute."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,11 +8,11 @@ import torch
 
 from quantwm.compute import NUMERICS_VERSION, dtype_name, resolve_device, resolve_dtype
 from quantwm.envs import get_task
-from quantwm.errors import MismatchError
+from quantwm.errors import MismatchError, UsageError
+from quantwm.evaluation import ORACLES
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import get_method
-from quantwm.planning.cem import CEM
 from quantwm.planning.defaults import default_planner
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.quant import LayerScheme, QuantPlan
@@ -22,7 +22,7 @@ from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 
-UNDEFINING = ("version", "name", "model", "arms", "gate")
+UNDEFINING = ("version", "name", "model", "arms", "gate", "memory_budget")
 """Settings that may change within one results folder; the model counts by its hash."""
 
 
@@ -87,6 +87,7 @@ def prepare(
     if world_model is None:
         world_model = load(spec.model, device=device)
     check_usable(world_model, task)
+    check_planner(spec.arms, planner)
     resolved = resolve_arms(spec.arms, world_model)
     spec = replace(
         spec,
@@ -141,14 +142,32 @@ def build_task(settings: Mapping[str, Any]) -> Task:
 
 
 def build_planner(settings: Mapping[str, Any], task: str) -> Planner:
-    """The default planner of a task with these settings changed; `preset` picks which default.
+    """A planner's default for a task with these settings changed.
+
+    `name` picks the planner, CEM if there is none; `preset` which of its defaults.
 
     Raises:
-        UsageError: an unknown setting or a bad value.
+        UsageError: an unknown planner or preset; or unknown settings and bad values, all of them.
     """
     values = dict(settings)
-    default = default_planner(task, values.pop("preset", "compact"))
-    return CEM.from_settings(default.settings() | values)
+    preset, name = values.pop("preset", "compact"), str(values.pop("name", "cem"))
+    default = default_planner(task, preset, name)
+    return type(default).from_settings(default.settings() | values)
+
+
+def check_planner(arms: Iterable[Arm], planner: Planner) -> None:
+    """Refuse a planner that needs gradients where an arm has none.
+
+    Raises:
+        UsageError: names the arms.
+    """
+    oracles = [repr(arm.name) for arm in arms if arm.kind in ORACLES]
+    if oracles and getattr(planner, "needs_gradients", False):
+        raise UsageError(
+            f"planner {planner.settings()['name']!r} needs gradients, and the simulator of "
+            f"{', '.join(oracles)} has none: leave these arms out (arms=float,...) or take a "
+            "planner that samples (planner.name=cem, icem or mppi)"
+        )
 
 
 def definition(

@@ -188,6 +188,7 @@ class _Run:
             "mpc_iterations": spec.mpc_iterations,
             "device": self._prepared.device,
             "dtype": spec.dtype,
+            "memory_budget": spec.memory_budget,
             "arm": name,
             "progress": update,
         }
@@ -236,6 +237,7 @@ class _Run:
                 mpc_iterations=spec.mpc_iterations,
                 device=self._prepared.device,
                 dtype=spec.dtype,
+                memory_budget=spec.memory_budget,
                 progress=update,
             )
         made.save(self._folder.calibration)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from quantwm.calibration import DEFAULT_EPISODES, DEFAULT_SAMPLES
-from quantwm.compute import DTYPES
+from quantwm.compute import DTYPES, parse_bytes
 from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations
 from quantwm.seeds import BLOCKS, MAX_EPISODES, MAX_SEED, SeedBlock
@@ -60,6 +60,8 @@ class StudySpec:
         calibration: for the arms that need one.
         dtype, device: compute type and device; "auto" picks (`quantwm.evaluation`).
         threads: CPU threads of torch; None leaves torch's own number.
+        memory_budget: what rollouts in flight may take, such as "2GB"; None takes half of what
+            is free. Changes no row.
         gate: the least success of the float arm that other arms are compared with; 0 turns the
             gate off. It counts only where the study has a float arm.
     """
@@ -77,6 +79,7 @@ class StudySpec:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    memory_budget: str | int | None = None
     gate: float = 0.7
 
     def __post_init__(self) -> None:
@@ -91,6 +94,8 @@ class StudySpec:
             raise unknown_name("seed block", str(self.block), BLOCKS)
         if self.threads is not None:
             _check_integer("threads", self.threads, 1)
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
         if self.dtype not in ("auto", *DTYPES):
             raise unknown_name("dtype", str(self.dtype), ("auto", *DTYPES))
         if str(self.device).partition(":")[0] not in DEVICES:
