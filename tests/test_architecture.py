@@ -13,7 +13,7 @@ LAYERS = [
     BASE,
     {"models", "envs", "planning", "quant"},
     {"methods", "data", "training", "evaluation", "calibration", "loading", "deploy"},
-    {"diagnostics", "study"},
+    {"diagnostics", "study", "bench"},
     {"report", "describe", "console", "cli"},
 ]
 STRANGERS = LAYERS[1]

@@ -19,6 +19,7 @@ from quantwm.quant.primitives import (
     to_groups,
     weight_parameters,
     weight_range,
+    within_grid,
 )
 
 BITS = range(2, 9)
@@ -251,6 +252,16 @@ def test_the_top_code_is_not_passed_where_both_ends_round_up(bits):
     assert found[0, 1].item() == top - 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [-0.01, -0.0])
+def test_the_sign_of_a_zero_does_not_depend_on_its_column(value, dtype):
+    x = torch.full((1, 37), value, dtype=dtype)
+    x[0, 5] = -1.0
+    zeros = fake_quantize_rows(x, 4, symmetric=False)[x == x[0, 0]]
+    assert not zeros.any()
+    assert zeros.signbit().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_static_follows_the_definition(bits, dtype):
@@ -313,6 +324,20 @@ def test_a_bad_value_spoils_its_own_row_visibly(symmetric, bad):
     found = fake_quantize_rows(x, 8, symmetric=symmetric)
     assert found[1].isnan().all()
     assert found[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)], ids=str)
+def test_nothing_to_round(shape, dtype):
+    x = torch.empty(shape, dtype=dtype)
+    assert fake_quantize_rows(x, 8, symmetric=False).shape == shape
+    assert fake_quantize_static(x, torch.tensor(0.5), -2.0, 1.0).shape == shape
+
+
+def test_within_grid_is_where_static_rounding_does_not_clip():
+    x = torch.tensor([-1.3, -1.2, 0.0, 0.7, 0.8, float("nan"), float("inf")])
+    inside = within_grid(x, torch.tensor(0.5), -2.0, 1.0)
+    assert inside.tolist() == [False, True, True, True, False, False, False]
 
 
 def test_static_keeps_nan():

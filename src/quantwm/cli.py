@@ -18,6 +18,7 @@ from quantwm.console import (
     print_cells,
     print_facts,
     print_json,
+    print_planner_bench,
 )
 
 app = typer.Typer(
@@ -26,6 +27,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+
+bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 TaskName = Annotated[str, typer.Argument(help="The task, e.g. wall.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -271,6 +275,44 @@ def info(
             print_json(facts)
         else:
             print_facts(facts)
+
+
+@bench_app.command("planner", epilog="Example: quantwm bench planner --scale compact --rounds 5")
+def bench_planner(
+    scale: Annotated[str, typer.Option(help="paper, compact or all.")] = "all",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="What to measure, e.g. bfloat16; may be repeated. Default: all but one."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of every variant; medians are shown.")] = 3,
+    candidates: Annotated[
+        int | None, typer.Option(help="Candidates an episode; default: 300 paper, 64 compact.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time one optimisation step of the planner against the order in which DINO-WM computes it.
+
+    Paper scale takes minutes a round; fewer --candidates take less.
+    """
+    with exit_codes("Nothing is kept of a benchmark: run it again with fewer rounds."):
+        from quantwm.bench.planner import bench_planner as measure
+        from quantwm.bench.subjects import SCALES
+        from quantwm.bench.variants import DEFAULT_VARIANTS
+
+        with bars() as progress:
+            report = measure(
+                tuple(SCALES) if scale == "all" else (scale,),
+                variant or DEFAULT_VARIANTS,
+                rounds=rounds,
+                candidates=candidates,
+                device=device,
+                progress=counter(progress, "bench planner"),
+            )
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            print_planner_bench(report)
 
 
 def _pattern_and_scheme(text: str) -> tuple[str, str]:

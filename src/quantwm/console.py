@@ -22,6 +22,8 @@ from rich.text import Text
 from quantwm.errors import QuantWMError, UsageError
 
 if TYPE_CHECKING:
+    from quantwm.bench.machine import AttentionRow
+    from quantwm.bench.planner import PlannerReport, PlannerRow
     from quantwm.study.dry_run import CellPlan
 
 EXIT_FAILED = 1
@@ -156,6 +158,52 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     for key, value in _flat(facts):
         table.add_row(Text(key, style="bold"), Text(str(value), overflow="fold"))
     out.print(table)
+
+
+def print_planner_bench(report: "PlannerReport") -> None:
+    """The planner's benchmark: machine, variants, attention kernels."""
+    machine = report.machine
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s {dtype}"
+        for dtype, rate in machine["matrix_flops_per_second"].items()
+    )
+    where = machine["gpu"] or machine["processor"] or machine["device"]
+    out.print(f"{where}, {machine['threads']} threads; matrix products: {rates}", highlight=False)
+    names = ("seconds", "faster", "against float", "TFLOP", "of the rate", "memory", "cost error")
+    table = Table("scale", "variant", *(Column(n, justify="right") for n in names), box=None)
+    for row in report.rows:
+        table.add_row(row.scale, row.variant, *_bench_cells(row))
+    out.print(table)
+    for row in report.rows:
+        if row.linearity is not None:
+            out.print(
+                f"{row.scale} {row.variant}: {row.measured_candidates} of {row.candidates} "
+                f"candidates measured, in chunks of {row.chunk}, and scaled; twice as many took "
+                f"{2 * (1 + row.linearity):.2f} times as long",
+                highlight=False,
+            )
+    names = ("rows x heads x queries x keys", "fused", "products", "blocked")
+    table = Table("attention", "type", *(Column(n, justify="right") for n in names), box=None)
+    for kernel in report.attention:
+        table.add_row(kernel.scale, kernel.dtype, *_attention_cells(kernel))
+    out.print(table)
+
+
+def _bench_cells(row: "PlannerRow") -> list[str]:
+    return [
+        f"{row.seconds:.3g}",
+        "" if row.ratio is None else f"{row.ratio:.2f}x",
+        "" if row.twin_ratio is None else f"{row.twin_ratio:.2f}x the time",
+        f"{2e-12 * (row.linear_multiply_adds + row.attention_multiply_adds):.3g}",
+        f"{row.share:.0%}",
+        f"{row.memory_mb:.0f} MiB",
+        "" if row.cost_error is None else f"{row.cost_error:.1e}",
+    ]
+
+
+def _attention_cells(row: "AttentionRow") -> list[str]:
+    shape = f"{row.rows} x {row.heads} x {row.queries} x {row.keys}"
+    return [shape, *(f"{1e3 * t:.3g} ms" for t in (row.fused, row.products, row.blocked))]
 
 
 def print_json(value: Any) -> None:

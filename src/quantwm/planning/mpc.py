@@ -7,7 +7,9 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from quantwm.planning.gradient import DifferentiableCost
 from quantwm.planning.rollout import ObservedCost
 from quantwm.protocols import (
     ActionSpec,
@@ -104,8 +106,27 @@ def run_episodes(
 
 
 def _only(cost: ObservedCost, index: npt.NDArray[np.intp]) -> CostFunction:
-    """The cost of the episodes at `index`, counted from zero."""
-    return lambda position, actions: cost(index[position], actions)
+    """The cost of the episodes at `index`, counted from zero; with gradients where it has them."""
+    if isinstance(cost, DifferentiableCost):
+        return _SelectedDifferentiable(cost, index)
+    return _Selected(cost, index)
+
+
+class _Selected:
+    def __init__(self, cost: CostFunction, index: npt.NDArray[np.intp]) -> None:
+        self._cost, self._index = cost, index
+
+    def __call__(self, position: npt.NDArray[np.intp], actions: Tensor) -> Tensor:
+        return self._cost(self._index[position], actions)
+
+
+class _SelectedDifferentiable(_Selected):
+    def __init__(self, cost: DifferentiableCost, index: npt.NDArray[np.intp]) -> None:
+        super().__init__(cost, index)
+        self._differentiable = cost
+
+    def gradient(self, position: npt.NDArray[np.intp], actions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._differentiable.gradient(self._index[position], actions)
 
 
 def _execute(

@@ -4,9 +4,7 @@ Scales stay in float32 and codes stay integers whatever a model is cast to; the 
 matrix product reads is computed from them once, not at every forward.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,46 +12,31 @@ from torch.nn import functional as F
 
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.protocols import WorldModel
+from quantwm.quant.buffers import ExactBuffers
+from quantwm.quant.input_quantizer import InputQuantizer, QuantTap
 from quantwm.quant.primitives import (
     Range,
-    affine_parameters,
-    code_range,
     dequantize_weight,
-    fake_quantize_rows,
-    fake_quantize_static,
     quantize_weight,
-    symmetric_scale,
     weight_parameters,
     weight_range,
 )
-from quantwm.quant.scheme import ActivationScheme, LayerScheme, WeightScheme
+from quantwm.quant.scheme import LayerScheme, WeightScheme
+
+__all__ = [
+    "FloatWeight",
+    "InputQuantizer",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantTap",
+    "QuantizedWeight",
+    "assemble",
+    "quantized_layer",
+    "replace_module",
+]
 
 
-class _ExactBuffers(nn.Module, ABC):
-    """A module whose `exact` buffers keep float32 when the module is cast or moved."""
-
-    exact: ClassVar[tuple[str, ...]] = ("scale",)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in self.exact}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, original in before.items():
-            after = self._buffers.get(name)
-            if original is not None and after is not None and after.dtype != torch.float32:
-                self._buffers[name] = original.to(after.device)
-        self._refresh()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
-
-    @abstractmethod
-    def _refresh(self) -> None:
-        """Compute again what derives from the buffers."""
-
-
-class QuantizedWeight(_ExactBuffers):
+class QuantizedWeight(ExactBuffers):
     """A weight matrix (out, in) as integer codes.
 
     Args:
@@ -128,108 +111,6 @@ class FloatWeight(nn.Module):
         self.value = weight
 
 
-class InputQuantizer(_ExactBuffers):
-    """Rounds a layer's input to a low-bit grid and back, in float32, then to its own type.
-
-    Args:
-        scheme: bits, symmetry and granularity.
-        tokens_per_frame: of the input (..., tokens, width); None if a row is one frame.
-        scale, zero_point: float32 tensors without dimensions; static granularity only.
-    """
-
-    exact: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
-    scale: Tensor | None
-    zero_point: Tensor | None
-
-    def __init__(
-        self,
-        scheme: ActivationScheme,
-        tokens_per_frame: int | None = None,
-        scale: Tensor | None = None,
-        zero_point: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.scheme = scheme
-        self.tokens_per_frame = tokens_per_frame
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self._refresh()
-
-    @classmethod
-    def from_range(
-        cls, scheme: ActivationScheme, tokens_per_frame: int | None, extent: Range | None
-    ) -> "Self":
-        """A quantizer; a static one covers `extent`, the lowest and highest input.
-
-        Raises:
-            UsageError: a static quantizer without a range.
-        """
-        if not scheme.static:
-            return cls(scheme, tokens_per_frame)
-        if extent is None:
-            raise UsageError("static activations need a calibrated range")
-        low, high = extent
-        if scheme.symmetric:
-            scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), scheme.bits)
-            return cls(scheme, tokens_per_frame, scale, torch.zeros_like(scale))
-        return cls(scheme, tokens_per_frame, *affine_parameters(low, high, scheme.bits))
-
-    def _refresh(self) -> None:
-        self._ends = (0.0, 0.0)
-        if self.zero_point is not None and not self.zero_point.is_meta:
-            zero_point = self.zero_point.item()
-            lowest, highest = code_range(self.scheme.bits, symmetric=self.scheme.symmetric)
-            self._ends = (lowest - zero_point, highest - zero_point)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., tokens, width) → the same, every value on the grid of its tensor, frame or token.
-
-        Leading dimensions are rows (candidates): no scale found while running crosses them.
-        """
-        if self.scale is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            return fake_quantize_static(flat, self.scale, *self._ends).view(x.shape)
-        width = x.shape[-1]
-        if self.scheme.granularity == "per_tensor_dynamic":
-            width *= self._tokens_of_a_frame(x)
-        rows = fake_quantize_rows(
-            x.reshape(-1, width), self.scheme.bits, symmetric=self.scheme.symmetric
-        )
-        return rows.view(x.shape)
-
-    def _tokens_of_a_frame(self, x: Tensor) -> int:
-        tokens = x.shape[-2] if x.ndim > 2 else 1
-        size = self.tokens_per_frame or tokens
-        if tokens % size:
-            raise UsageError(
-                f"an input of {tokens} tokens a row does not divide into frames of {size}; "
-                "correct tokens_per_frame in the model's quantizable_groups()"
-            )
-        return size
-
-    def extra_repr(self) -> str:
-        """Scheme and frame size."""
-        frame = f", {self.tokens_per_frame} tokens a frame" if self.tokens_per_frame else ""
-        return f"{LayerScheme(activation=self.scheme)}{frame}"
-
-
-class QuantTap(InputQuantizer):
-    """Rounds an operand of an attention matmul; takes the place of an `nn.Identity`.
-
-    Operands are (rows, heads, tokens, width): one scale found while running serves all heads of
-    a candidate and frame, or one head's token.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, heads, tokens, width) → the same."""
-        if self.scheme.granularity != "per_tensor_dynamic" or x.ndim != 4:
-            return super().forward(x)
-        by_token = x.transpose(1, 2)
-        merged = by_token.reshape(*by_token.shape[:2], -1)
-        return super().forward(merged).view(by_token.shape).transpose(1, 2)
-
-
 class _QuantLayer(nn.Module):
     """What quantized linears and patch embeddings share: weight, bias and input quantizer."""
 
@@ -253,10 +134,14 @@ class _QuantLayer(nn.Module):
         """The matrix (out, in) that the product reads, in the compute type."""
         return self.stored_weight.value
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.stored_weight.value, self.bias)
+        weight: Tensor = self.stored_weight.value
+        bias: Tensor | None = self.bias
+        if outputs is not None:
+            weight, bias = weight[outputs], None if bias is None else bias[outputs]
+        return F.linear(x, weight, bias)
 
 
 class QuantLinear(_QuantLayer):
@@ -272,9 +157,9 @@ class QuantLinear(_QuantLayer):
         """Outputs."""
         return self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
-        return self._product(x)
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """(..., in) → (..., out), or only the output features `outputs`."""
+        return self._product(x, outputs)
 
 
 class QuantConv2d(_QuantLayer):

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from quantwm.quant import fused
 from quantwm.quant.scheme import PerGroup, PerTensor, ScaleRule, WeightGranularity, WeightScheme
 
 Range: TypeAlias = tuple[Tensor, Tensor]
@@ -163,8 +164,9 @@ def code_dtype(*, symmetric: bool) -> torch.dtype:
     return torch.int8 if symmetric else torch.uint8
 
 
-# Activations: fake quantization is most of the simulation's cost, so it runs in place on chunks
-# that stay in a CPU's cache. The result is that of `fake_quantize`, rounded to the input's type.
+# Activations: fake quantization is most of the simulation's cost, so it runs in compiled loops
+# where it can (`fused`), else in place on chunks that stay in a CPU's cache: the same bits. The
+# result is that of `fake_quantize`, rounded to the input's type.
 
 
 def fake_quantize_rows(x: Tensor, bits: int, *, symmetric: bool) -> Tensor:
@@ -178,8 +180,10 @@ def fake_quantize_rows(x: Tensor, bits: int, *, symmetric: bool) -> Tensor:
     Returns:
         a new tensor like `x`; no row depends on another.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     top = code_range(bits, symmetric=symmetric)[1]
+    if (kernels := fused.kernels_for(x)) is not None:
+        return fused.round_rows(kernels, x, top, symmetric=symmetric)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for source, target, buffer in _chunks(x, out):
         buffer.copy_(source)
         low, high = buffer.amin(-1, keepdim=True), buffer.amax(-1, keepdim=True)
@@ -188,8 +192,10 @@ def fake_quantize_rows(x: Tensor, bits: int, *, symmetric: bool) -> Tensor:
             buffer.div_(scale).round_()
         else:
             scale, zero_point = affine_parameters(low, high, bits)
-            # The lowest value gets code 0 exactly; only rounding both ends up can pass the top.
-            torch.minimum(buffer.div_(scale).round_(), top - zero_point, out=buffer)
+            # The lowest value gets code 0 exactly; only rounding both ends up can pass the top. The
+            # quarter rounds away and spares a tie of -0 with 0, whose result has no fixed sign.
+            limit = top - zero_point + 0.25
+            torch.minimum(buffer.div_(scale), limit, out=buffer).round_()
         target.copy_(buffer.mul_(scale))
     return out
 
@@ -205,6 +211,8 @@ def fake_quantize_static(x: Tensor, scale: Tensor, lowest: float, highest: float
     Returns:
         a new tensor like `x`.
     """
+    if (kernels := fused.kernels_for(x)) is not None:
+        return fused.round_static(kernels, x, scale, lowest, highest)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for source, target, buffer in _chunks(x, out):
         buffer.copy_(source).div_(scale).round_().clamp_(lowest, highest)
@@ -212,11 +220,18 @@ def fake_quantize_static(x: Tensor, scale: Tensor, lowest: float, highest: float
     return out
 
 
+def within_grid(x: Tensor, scale: Tensor, lowest: float, highest: float) -> Tensor:
+    """Which values `fake_quantize_static` rounds without clipping them; bool, False for NaN."""
+    steps = x.float().div(scale).round_()
+    return (steps >= lowest) & (steps <= highest)
+
+
 def _chunks(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Slices of `x` and `out` with a float32 buffer for each (one shared, or `out` itself)."""
     rows, width = x.shape
-    step = max(1, _CACHE_ELEMENTS // max(1, width)) if x.device.type == "cpu" else max(1, rows)
-    step = min(step, max(1, rows))
+    if not x.numel():
+        return []
+    step = min(rows, max(1, _CACHE_ELEMENTS // width)) if x.device.type == "cpu" else rows
     scratch = None
     if out.dtype != torch.float32:
         scratch = torch.empty(step, width, dtype=torch.float32, device=x.device)

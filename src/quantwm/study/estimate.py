@@ -1,7 +1,11 @@
 """What a study will cost: a dry run's estimate, good to a factor of two or three."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from quantwm.errors import UsageError
+from quantwm.planning.defaults import default_planner
+from quantwm.planning.planners import planner_from_settings
 from quantwm.study.cells import ArmKind, Cell
 
 SECONDS_PER_FRAME: dict[ArmKind, float] = {
@@ -18,17 +22,14 @@ the frames of its plan.
 """
 ACTIVATION_FACTOR = 2.0
 """How much slower the simulated quantization of layers' inputs makes a prediction."""
-_DEFAULTS = {"samples": 64, "steps": 5, "horizon": 5}
 
 
 def estimated_seconds(cell: Cell) -> float:
     """Estimated wall-clock time of a cell, as if no episode succeeded before its last iteration.
 
-    A planner with other settings than CEM's counts as the compact default.
+    A planner that is none of quantwm's counts as the compact default.
     """
-    frames = 1.0
-    for name, default in _DEFAULTS.items():
-        frames *= float(cell.planner.get(name, default))
+    frames = _frames(cell.planner)
     inputs = any("a" in str(scheme).partition("-")[0] for scheme in cell.plan.values())
     factor = ACTIVATION_FACTOR if inputs else 1.0
     return cell.episodes * cell.mpc_iterations * frames * SECONDS_PER_FRAME[cell.kind] * factor
@@ -46,6 +47,15 @@ def calibrated_seconds(cell: Cell, finished: Iterable[tuple[Cell, float]]) -> fl
     expected = sum(estimated_seconds(one) for one, _ in same)
     took = sum(seconds for _, seconds in same)
     return estimated_seconds(cell) * (took / expected if expected and took else 1.0)
+
+
+def _frames(settings: Mapping[str, Any]) -> int:
+    """Frames that one plan predicts."""
+    try:
+        planner = planner_from_settings(settings)
+    except UsageError:
+        planner = default_planner("")
+    return planner.rollouts * planner.horizon
 
 
 def _pool(cell: Cell) -> str:

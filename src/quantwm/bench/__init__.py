@@ -1,0 +1,1 @@
+"""What planning costs on this machine, against the order in which DINO-WM computes it."""
