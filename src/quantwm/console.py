@@ -182,8 +182,8 @@ def print_planner_bench(report: "PlannerReport") -> None:
                 f"{2 * (1 + row.linearity):.2f} times as long",
                 highlight=False,
             )
-    names = ("rows x heads x queries x keys", "fused", "products", "blocked")
-    table = Table("attention", "type", *(Column(n, justify="right") for n in names), box=None)
+    sizes = ("rows x heads x queries x keys", "fused", "products", "blocked")
+    table = Table("attention", "type", *(Column(n, justify="right") for n in sizes), box=None)
     for kernel in report.attention:
         table.add_row(kernel.scale, kernel.dtype, *_attention_cells(kernel))
     out.print(table)
