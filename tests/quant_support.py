@@ -110,11 +110,23 @@ def run(world_model: WorldModel) -> torch.Tensor:
 
 @dataclass
 class TinyCalibration:
+    """Three frames, and two candidates of each; `seen` keeps what every replay gave."""
+
     model_hash: str
     seen: list = field(default_factory=list)
+    encoded: int = 0
 
-    def replay(self, world_model):
-        self.seen.append(run(world_model))
+    def __len__(self):
+        return 6
+
+    def encode(self, world_model):
+        self.encoded += 1
+        with torch.no_grad():
+            return world_model.encode(observations())
+
+    def roll_out(self, world_model, latents):
+        with torch.no_grad():
+            self.seen.append(world_model.rollout(latents, actions()))
 
     @classmethod
     def of(cls, world_model):

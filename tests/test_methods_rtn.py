@@ -26,6 +26,7 @@ from quantwm.methods import get_method, method_names, quantize, register, resolv
 from quantwm.methods.rtn import RTN
 from quantwm.protocols import WorldModel
 from quantwm.quant import QuantLinear, QuantPlan, QuantTap, quantization_of
+from quantwm.quant.primitives import weight_range
 
 EVERYTHING = QuantPlan(
     {"*": "w4g5a8", "*_input": "a8", "encoder.patch": "w8a8-token"},
@@ -205,15 +206,15 @@ def test_bad_weights_name_their_layers():
         quantize(world_model, "w8")
 
 
-def test_progress_counts_every_layer():
+def test_progress_counts_every_block():
     steps = []
     quantize(TinyWorldModel(), "w8", progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps == [(1, 2), (2, 2)]
 
 
 def test_methods_are_found_by_name():
     assert "rtn" in method_names()
-    assert get_method("rtn") == RTN()
+    assert get_method("rtn").parts == (RTN(),)
     with pytest.raises(UsageError, match="did you mean 'rtn'"):
         get_method("rnt")
     with pytest.raises(UsageError, match="has no options, got 'alpha'"):
@@ -223,7 +224,7 @@ def test_methods_are_found_by_name():
 
 
 def test_a_new_method_needs_a_class_and_nothing_else(monkeypatch):
-    monkeypatch.setattr("quantwm.methods.registry._METHODS", {"rtn": RTN})
+    monkeypatch.setattr("quantwm.methods.registry.PARTS", {"rtn": RTN})
 
     @register
     @dataclass(frozen=True)
@@ -232,10 +233,11 @@ def test_a_new_method_needs_a_class_and_nothing_else(monkeypatch):
         name: ClassVar[str] = "halving"
         needs_calibration: ClassVar[bool] = True
 
-        def apply(self, world_model, schemes, groups, calibration, progress):
-            for name in schemes:
-                layer = world_model.get_submodule(name)
-                layer.weight = nn.Parameter(layer.weight.detach() * self.strength)
+        def extents(self, work, weights, schemes):
+            ranges = {n: weight_range(w, schemes[n].granularity) for n, w in weights.items()}
+            return {
+                n: (self.strength * low, self.strength * high) for n, (low, high) in ranges.items()
+            }
 
     world_model = TinyWorldModel()
     before = snapshot(world_model)
@@ -243,7 +245,9 @@ def test_a_new_method_needs_a_class_and_nothing_else(monkeypatch):
     with pytest.raises(PlanError, match="'halving' needs calibration data"):
         quantize(world_model, plan)
     small = quantize(world_model, plan, TinyCalibration.of(world_model))
-    assert torch.equal(small.predictor.fc2.weight, world_model.predictor.fc2.weight * 0.25)
+    plain = quantize(world_model, "w8")
+    own, usual = (m.predictor.fc2.stored_weight.scale for m in (small, plain))
+    torch.testing.assert_close(own, usual * 0.25)
     assert_unchanged(world_model, before)
     with pytest.raises(UsageError, match="did you mean 'strength'"):
         get_method("halving", {"strenth": 1})

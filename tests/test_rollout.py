@@ -24,9 +24,16 @@ class Replay:
     def __init__(self, model):
         self.model_hash = model_hash(model)
 
-    def replay(self, model):
-        with torch.inference_mode():
-            model.rollout(model.encode(observation(seed=9)), candidates(seed=9))
+    def __len__(self):
+        return 12
+
+    @torch.no_grad()
+    def encode(self, model):
+        return model.encode(observation(seed=9))
+
+    @torch.no_grad()
+    def roll_out(self, model, latents):
+        model.rollout(latents, candidates(seed=9))
 
 
 def candidates(batch=2, number=6, horizon=5, seed=0):

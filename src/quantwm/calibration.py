@@ -27,11 +27,13 @@ from quantwm.planning.defaults import default_iterations, default_planner
 from quantwm.planning.mpc import run_episodes
 from quantwm.planning.objective import Objective, as_parts, like
 from quantwm.planning.rollout import ModelCost
-from quantwm.protocols import Episodes, FloatArray, Planner, Task, WorldModel
+from quantwm.protocols import Episodes, FloatArray, Latent, Planner, Task, WorldModel
 from quantwm.seeds import episode_seeds, keyed_generator
 
 FORMAT_VERSION = 1
 DEFAULT_EPISODES, DEFAULT_SAMPLES = 8, 128
+CHUNK = 16
+"""Frames or sequences that a replay computes at a time."""
 _STREAM = 20
 
 
@@ -87,26 +89,29 @@ class Calibration:
             {**self.origin, "subset": samples},
         )
 
-    @torch.inference_mode()
-    def replay(self, world_model: WorldModel, chunk: int = 16) -> None:
-        """Encode every frame and roll every sequence out once, `chunk` at a time."""
-        device = device_of(world_model)
+    @torch.no_grad()
+    def encode(self, world_model: WorldModel) -> Latent:
+        """Latents (F, 1, ...) of all frames, `CHUNK` encoded at a time."""
         latents = []
-        for begin in range(0, len(self.visual), chunk):
-            part = slice(begin, begin + chunk)
+        for begin in range(0, len(self.visual), CHUNK):
+            part = slice(begin, begin + CHUNK)
             latents.append(
                 world_model.encode(
                     {"visual": self.visual[part, None], "proprio": self.proprio[part, None]}
                 )
             )
-        parts = {
-            name: torch.cat([as_parts(latent)[name] for latent in latents])
-            for name in as_parts(latents[0])
-        }
-        for begin in range(0, len(self.actions), chunk):
-            index = torch.from_numpy(self.frame[begin : begin + chunk]).to(device)
-            actions = torch.from_numpy(self.actions[begin : begin + chunk]).to(device)
-            start = like({name: part[index] for name, part in parts.items()}, latents[0])
+        names = as_parts(latents[0])
+        joined = {name: torch.cat([as_parts(one)[name] for one in latents]) for name in names}
+        return like(joined, latents[0])
+
+    @torch.no_grad()
+    def roll_out(self, world_model: WorldModel, latents: Latent) -> None:
+        """Roll every sequence out once from the latents of all frames, `CHUNK` at a time."""
+        device, parts = device_of(world_model), as_parts(latents)
+        for begin in range(0, len(self.actions), CHUNK):
+            index = torch.from_numpy(self.frame[begin : begin + CHUNK]).to(device)
+            actions = torch.from_numpy(self.actions[begin : begin + CHUNK]).to(device)
+            start = like({name: part[index] for name, part in parts.items()}, latents)
             world_model.rollout(start, actions[:, None], last_only=True)
 
     def save(self, path: str | Path) -> None:

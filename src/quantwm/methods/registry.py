@@ -1,45 +1,65 @@
-"""Methods by name. A method's module registers its class; importing the package finds them all."""
+"""Methods by name. A part's module registers its class; importing the package finds them all."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from quantwm.errors import UsageError, unknown_name
-from quantwm.quant.apply import Method
+from quantwm.methods.roles import Part
 
-_METHODS: dict[str, type[Method]] = {}
-AnyMethod = TypeVar("AnyMethod", bound=type[Method])
+PARTS: dict[str, type[Part]] = {}
+AnyPart = TypeVar("AnyPart", bound=type[Part])
 
 
-def register(method: AnyMethod) -> AnyMethod:
-    """Class decorator: make a method known by its `name`.
+def register(part: AnyPart) -> AnyPart:
+    """Class decorator: make a part known by its `name`.
 
     Raises:
         ValueError: another class has that name.
     """
-    if _METHODS.setdefault(method.name, method) is not method:
-        raise ValueError(f"two methods are called {method.name!r}")
-    return method
+    if PARTS.setdefault(part.name, part) is not part:
+        raise ValueError(f"two methods are called {part.name!r}")
+    return part
 
 
 def method_names() -> tuple[str, ...]:
-    """Names of all methods, sorted."""
-    return tuple(sorted(_METHODS))
+    """Names of all parts, sorted; each is a method by itself."""
+    return tuple(sorted(PARTS))
 
 
-def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """A method with its options set.
+def build_parts(method: str, options: Mapping[str, Any] | None = None) -> tuple[Part, ...]:
+    """The parts of a method, their options set.
+
+    Args:
+        method: names joined by "+".
+        options: by name, or by `part.option` where several parts have one of that name.
 
     Raises:
-        UsageError: unknown method or option (with the nearest name), or a value that the method
-            refuses.
+        UsageError: an unknown part or option (with the nearest name), an option that several
+            parts have, or a value that a part refuses.
     """
-    if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
-    known = set(inspect.signature(_METHODS[name]).parameters)
-    for option in options or {}:
-        if not known:
-            raise UsageError(f"the method {name!r} has no options, got {option!r}")
-        if option not in known:
-            raise unknown_name(f"option of {name}:", option, known)
-    return _METHODS[name](**(options or {}))
+    names = [name.strip() for name in method.split("+")]
+    for name in names:
+        if name not in PARTS:
+            raise unknown_name("method", name, PARTS)
+    known = {name: set(inspect.signature(PARTS[name]).parameters) for name in names}
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option, value in (options or {}).items():
+        chosen[_owner(method, option, known)][option.rpartition(".")[2]] = value
+    return tuple(PARTS[name](**chosen[name]) for name in names)
+
+
+def _owner(method: str, option: str, known: Mapping[str, set[str]]) -> str:
+    part, _, plain = option.rpartition(".")
+    if part and part not in known:
+        raise unknown_name(f"part of {method!r}:", part, known)
+    owners = [name for name in known if plain in known[name] and part in ("", name)]
+    if len(owners) == 1:
+        return owners[0]
+    if owners:
+        written = " or ".join(repr(f"{name}.{plain}") for name in owners)
+        raise UsageError(f"{' and '.join(owners)} both have an option {plain!r}; write {written}")
+    everything = sorted(set().union(*known.values()))
+    if not everything:
+        raise UsageError(f"the method {method!r} has no options, got {option!r}")
+    raise unknown_name(f"option of {method}:", option, everything)

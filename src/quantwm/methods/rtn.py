@@ -1,52 +1,51 @@
 """Round to nearest: the min-max grid of every weight and input, nothing optimised."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from quantwm.methods.registry import register
-from quantwm.protocols import LinearGroup, WorldModel
-from quantwm.quant.apply import Progress
-from quantwm.quant.modules import quantized_layer, replace_module
-from quantwm.quant.observers import CalibrationData, input_ranges
-from quantwm.quant.scheme import LayerScheme
+from quantwm.methods.work import Work
+from quantwm.quant.modules import QuantizedWeight
+from quantwm.quant.observers import MinMax, RangeObserver
+from quantwm.quant.primitives import Range, weight_range
+from quantwm.quant.scheme import WeightScheme
 
 
 @register
 @dataclass(frozen=True)
 class RTN:
-    """Round-to-nearest. Static input ranges are those of the float model, extremes included."""
+    """Round-to-nearest. Static input ranges are those of the float model, extremes included.
+
+    What another part of a method does not choose is chosen as here.
+    """
 
     name: ClassVar[str] = "rtn"
     needs_calibration: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
 
-    def apply(
+    def extents(
         self,
-        world_model: WorldModel,
-        schemes: Mapping[str, LayerScheme],
-        groups: Sequence[LinearGroup],
-        calibration: CalibrationData | None,
-        progress: Progress | None,
-    ) -> None:
-        """Replace every layer of `schemes`; see `quantwm.quant.Method`."""
-        tokens_per_frame = {
-            name: group.tokens_per_frame for group in groups for name in group.layers
+        work: Work,  # noqa: ARG002
+        weights: Mapping[str, Tensor],
+        schemes: Mapping[str, WeightScheme],
+    ) -> dict[str, Range]:
+        """The range of each group's weights."""
+        return {
+            name: weight_range(weight, schemes[name].granularity)
+            for name, weight in weights.items()
         }
-        ranges = {}
-        if calibration is not None:
-            static = [
-                name
-                for name, scheme in schemes.items()
-                if scheme.activation is not None and scheme.activation.static
-            ]
-            ranges = input_ranges(world_model, static, calibration)
-        for done, (name, scheme) in enumerate(schemes.items(), start=1):
-            layer = quantized_layer(
-                world_model.get_submodule(name),
-                scheme,
-                tokens_per_frame=tokens_per_frame[name],
-                input_range=ranges.get(name),
-            )
-            replace_module(world_model, name, layer)
-            if progress is not None:
-                progress(done, len(schemes))
+
+    def codes(self, work: Work, extents: Mapping[str, Range]) -> dict[str, QuantizedWeight]:
+        """The nearest codes."""
+        schemes = work.weighted(extents)
+        return {
+            name: QuantizedWeight.from_float(work.weight(name), schemes[name], extent)
+            for name, extent in extents.items()
+        }
+
+    def observer(self, layer: str) -> RangeObserver:
+        """Extremes of all inputs."""
+        return MinMax(layer)

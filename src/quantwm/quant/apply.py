@@ -3,8 +3,8 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from quantwm.protocols import LinearGroup, WorldModel
 from quantwm.quant.observers import CalibrationData
 from quantwm.quant.plan import QuantPlan
 from quantwm.quant.scheme import LayerScheme
+from quantwm.quant.structure import Structure, changes
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +24,26 @@ AnyModel = TypeVar("AnyModel", bound=WorldModel)
 
 
 class Method(Protocol):
-    """A post-training quantization method; its dataclass fields are its options.
+    """A post-training quantization method, ready to run (`quantwm.methods.recipe`)."""
 
-    Attributes:
-        name: what plans call it.
-        needs_calibration: whether it reads calibration data even where no activation is static.
-    """
+    @property
+    def name(self) -> str:
+        """What plans call it."""
+        ...
 
-    name: ClassVar[str]
-    needs_calibration: ClassVar[bool]
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads calibration data even where no activation is static."""
+        ...
+
+    def problems(
+        self,
+        world_model: WorldModel,
+        schemes: Mapping[str, LayerScheme],
+        groups: Sequence[LinearGroup],
+    ) -> list[str]:
+        """What stands against it for these layers of this model, found without computing."""
+        ...
 
     def apply(
         self,
@@ -64,11 +76,13 @@ class Quantization:
         plan: as it was given.
         layers: each quantized layer's scheme, in forward order.
         source_model_hash: `model_hash` of the float model.
+        structure: modules that the method added, see `quantwm.quant.structure`.
     """
 
     plan: QuantPlan
     layers: tuple[tuple[str, LayerScheme], ...]
     source_model_hash: str
+    structure: Structure = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -81,13 +95,15 @@ class Quantization:
             "plan": self.plan.to_dict(),
             "layers": {name: str(scheme) for name, scheme in self.layers},
             "source_model_hash": self.source_model_hash,
+            "structure": {name: dict(one) for name, one in self.structure.items()},
         }
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> "Quantization":
         """The record that `to_dict` wrote."""
         layers = tuple((name, LayerScheme.parse(text)) for name, text in form["layers"].items())
-        return cls(QuantPlan.from_dict(form["plan"]), layers, form["source_model_hash"])
+        plan = QuantPlan.from_dict(form["plan"])
+        return cls(plan, layers, form["source_model_hash"], form["structure"])
 
 
 def quantization_of(world_model: WorldModel) -> Quantization | None:
@@ -165,11 +181,13 @@ def apply_method(
             "type is another model: quantize before casting)"
         )
     _check_finite(world_model, schemes)
+    before = copy_sharing_tensors(world_model) if inplace else world_model
     target = world_model if inplace else copy_sharing_tensors(world_model)
     groups = tuple(world_model.quantizable_groups())
     logger.info("quantizing %d layers by %s", len(schemes), method.name)
     method.apply(target, schemes, groups, calibration, progress)
-    record = Quantization(plan, tuple(schemes.items()), source_hash)
+    structure = changes(before, target, set(schemes))
+    record = Quantization(plan, tuple(schemes.items()), source_hash, structure)
     attach_record(target, record)
     return target
 

@@ -35,8 +35,9 @@ from quantwm.quant.modules import (
 from quantwm.quant.packing import pack_bits, unpack_bits
 from quantwm.quant.plan import declared_layers
 from quantwm.quant.scheme import LayerScheme, WeightScheme
+from quantwm.quant.structure import restructure
 
-FORMAT, FORMAT_VERSION = "quantwm-quantized", 1
+FORMAT, FORMAT_VERSION = "quantwm-quantized", 2
 
 
 def save_quantized(world_model: WorldModel, folder: str | Path) -> None:
@@ -84,6 +85,7 @@ def load_quantized(folder: str | Path, skeleton: AnyModel) -> AnyModel:
     tensors = storage.restore(stored, metadata["dtypes"])
     record = Quantization.from_dict(metadata["quantization"])
     world_model = copy_sharing_tensors(skeleton)
+    restructure(world_model, record.structure)
     declared = declared_layers(world_model)
     device = next(world_model.parameters()).device
     for name, scheme in record.layers:

@@ -31,6 +31,7 @@ __all__ = [
     "QuantTap",
     "QuantizedWeight",
     "assemble",
+    "input_matrix",
     "quantized_layer",
     "replace_module",
 ]
@@ -180,12 +181,27 @@ class QuantConv2d(_QuantLayer):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, channels, H, W) → (B, out, H // kernel, W // kernel)."""
-        (high, wide), (batch, channels, height, width) = self.kernel_size, images.shape
-        rows, columns = height // high, width // wide
-        patches = images[..., : rows * high, : columns * wide]
-        patches = patches.reshape(batch, channels, rows, high, columns, wide)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
-        return self._product(patches).transpose(1, 2).reshape(batch, -1, rows, columns)
+        (high, wide), (batch, _, height, width) = self.kernel_size, images.shape
+        product = self._product(input_matrix(self, images))
+        return product.transpose(1, 2).reshape(batch, -1, height // high, width // wide)
+
+
+def input_matrix(convolution: nn.Module, images: Tensor) -> Tensor:
+    """A patch embedding's input as its product reads it.
+
+    Args:
+        convolution: an `nn.Conv2d` whose kernel equals its stride, or a `QuantConv2d`.
+        images: (B, channels, H, W).
+
+    Returns:
+        (B, patches, channels·height·width), patches row by row.
+    """
+    high, wide = cast(tuple[int, int], convolution.kernel_size)
+    batch, channels, height, width = images.shape
+    rows, columns = height // high, width // wide
+    patches = images[..., : rows * high, : columns * wide]
+    patches = patches.reshape(batch, channels, rows, high, columns, wide)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
 
 def quantized_layer(

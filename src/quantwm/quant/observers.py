@@ -1,8 +1,8 @@
-"""Ranges of layer inputs, seen while calibration data pass through a float model."""
+"""What layers read while calibration data pass through a model."""
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantwm.errors import NonFiniteError, UsageError
-from quantwm.protocols import WorldModel
-from quantwm.quant.modules import replace_module
+from quantwm.protocols import Latent, WorldModel
+from quantwm.quant.modules import QuantConv2d, input_matrix, replace_module
 from quantwm.quant.primitives import Range
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,21 @@ class CalibrationData(Protocol):
         """`quantwm.fingerprint.model_hash` of the model that the data were gathered with."""
         ...
 
-    def replay(self, world_model: WorldModel) -> None:
-        """Run the model's forward passes over all samples, in chunks of bounded memory."""
+    def __len__(self) -> int:
+        """Candidate action sequences."""
+        ...
+
+    def encode(self, world_model: WorldModel) -> Latent:
+        """Latents of all frames, encoded in chunks of bounded memory."""
+        ...
+
+    def roll_out(self, world_model: WorldModel, latents: Latent) -> None:
+        """Roll all sequences out from `encode`'s latents, in chunks of bounded memory."""
         ...
 
 
 class Observer(ABC):
-    """Sees a layer's inputs batch by batch and settles on the range that a static grid covers.
+    """Sees a layer's inputs batch by batch.
 
     Args:
         layer: dotted name, for errors.
@@ -39,24 +47,44 @@ class Observer(ABC):
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
+        self.seen = 0
+        """Values seen so far."""
 
     def update(self, x: Tensor) -> None:
-        """See one batch of inputs of any shape.
+        """See one batch of inputs, (..., width).
 
         Raises:
-            NonFiniteError: NaN or infinite values, which would spoil every range.
+            NonFiniteError: NaN or infinite values, which would spoil everything that is learnt.
         """
-        low, high = (extreme.float() for extreme in x.detach().aminmax())
+        x = x.detach()
+        low, high = (extreme.float() for extreme in x.aminmax())
         if not (low.isfinite() and high.isfinite()):
             raise NonFiniteError(
                 f"calibration: the input of {self.layer} holds NaN or infinite values; "
                 "check the model's weights and its compute type"
             )
-        self._update(x.detach(), low, high)
+        self.seen += x.numel()
+        self._update(x, low, high)
 
     @abstractmethod
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """See finite inputs whose extremes are `low` and `high`."""
+
+    def check_seen(self) -> None:
+        """Refuse to conclude anything from nothing.
+
+        Raises:
+            UsageError: no input was seen.
+        """
+        if not self.seen:
+            raise UsageError(
+                f"calibration never ran {self.layer}; gather it with this model's encoder and "
+                "rollouts"
+            )
+
+
+class RangeObserver(Observer):
+    """Settles on the range that a layer's static input grid covers."""
 
     @abstractmethod
     def range(self) -> Range:
@@ -66,13 +94,8 @@ class Observer(ABC):
             UsageError: no input was seen.
         """
 
-    def _unseen(self) -> UsageError:
-        return UsageError(
-            f"calibration never ran {self.layer}; gather it with this model's encoder and rollouts"
-        )
 
-
-class MinMax(Observer):
+class MinMax(RangeObserver):
     """The full range of what was seen."""
 
     def __init__(self, layer: str) -> None:
@@ -86,31 +109,81 @@ class MinMax(Observer):
 
     def range(self) -> Range:
         """Extremes of all inputs."""
-        if self._range is None:
-            raise self._unseen()
+        self.check_seen()
+        assert self._range is not None
         return self._range
 
 
-def input_ranges(
-    world_model: WorldModel,
-    layers: Iterable[str],
-    calibration: CalibrationData,
-    make_observer: Callable[[str], Observer] = MinMax,
-) -> dict[str, Range]:
-    """Ranges of the inputs of `layers` while the calibration data pass through the model.
+Observers = Mapping[str, Sequence[Observer]]
+"""By layer name; a layer's observers see the same inputs."""
 
-    All layers are observed in one replay, and the model is left as it was.
+
+class Replay:
+    """Shows layers what calibration data make them read, again and again while a model changes.
+
+    Frames are encoded again only after a layer that encodes them was changed, which the first
+    replay finds out; sequences are rolled out again only for layers that a rollout runs.
+
+    Args:
+        world_model: of which layers are being replaced, in place.
+        calibration: of the float model that `world_model` was copied from.
+    """
+
+    def __init__(self, world_model: WorldModel, calibration: CalibrationData) -> None:
+        self._model, self._calibration = world_model, calibration
+        self._latents: Latent | None = None
+        self._encoding: set[str] = set()
+        self._rolling: set[str] = set()
+        self._known: set[str] = set()
+
+    def show(self, observers: Observers) -> None:
+        """Show their layers' inputs to observers, in one replay of the model as it is now.
+
+        Raises:
+            NonFiniteError: a layer's input holds NaN or infinite values.
+            UsageError: a layer that the replay never runs.
+        """
+        if not observers:
+            return
+        logger.debug("observing the inputs of %d layers", len(observers))
+        names = set(observers)
+        fresh = names - self._known
+        with torch.no_grad():
+            if self._latents is None or fresh or names & self._encoding:
+                before = _seen(observers)
+                with watching(self._model, observers):
+                    self._latents = self._calibration.encode(self._model)
+                self._encoding |= {n for n in names if _seen(observers)[n] > before[n]}
+            if fresh or names & self._rolling:
+                before = _seen(observers)
+                with watching(self._model, observers):
+                    self._calibration.roll_out(self._model, self._latents)
+                self._rolling |= {n for n in names if _seen(observers)[n] > before[n]}
+        self._known |= names
+        for several in observers.values():
+            for observer in several:
+                observer.check_seen()
+
+    def changed(self, layers: Iterable[str]) -> None:
+        """Note that `layers` compute something else from now on."""
+        names = set(layers)
+        if names & self._encoding or names - self._known:
+            self._latents = None
+
+
+def input_ranges(
+    replay: Replay,
+    layers: Iterable[str],
+    make_observer: Callable[[str], RangeObserver] = MinMax,
+) -> dict[str, Range]:
+    """Ranges of the inputs of `layers`, all observed in one replay.
 
     Raises:
         NonFiniteError: a layer's input holds NaN or infinite values.
         UsageError: a layer that the replay never runs.
     """
     observers = {name: make_observer(name) for name in layers}
-    if not observers:
-        return {}
-    logger.debug("observing the inputs of %d layers", len(observers))
-    with watching(world_model, observers), torch.no_grad():
-        calibration.replay(world_model)
+    replay.show({name: [observer] for name, observer in observers.items()})
     return {name: observer.range() for name, observer in observers.items()}
 
 
@@ -119,17 +192,20 @@ class _WatchedTap(nn.Identity):
 
 
 @contextmanager
-def watching(world_model: WorldModel, observers: dict[str, Observer]) -> Iterator[None]:
-    """Show the named layers' inputs to their observers while the context lasts."""
+def watching(world_model: WorldModel, observers: Observers) -> Iterator[None]:
+    """Show the named layers' inputs to their observers while the context lasts.
+
+    Inputs come as the layer's product reads them, (..., width): a patch embedding's as patches.
+    """
     handles, taps = [], []
     try:
-        for name, observer in observers.items():
+        for name, several in observers.items():
             module = world_model.get_submodule(name)
             if type(module) is nn.Identity:
                 taps.append((name, module))
                 module = _WatchedTap()
                 replace_module(world_model, name, module)
-            handles.append(module.register_forward_pre_hook(_feed(observer)))
+            handles.append(module.register_forward_pre_hook(_feed(several)))
         yield
     finally:
         for handle in handles:
@@ -138,8 +214,15 @@ def watching(world_model: WorldModel, observers: dict[str, Observer]) -> Iterato
             replace_module(world_model, name, tap)
 
 
-def _feed(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observer.update(inputs[0])
+def _feed(observers: Sequence[Observer]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        convolution = isinstance(module, nn.Conv2d | QuantConv2d)
+        x = input_matrix(module, inputs[0]) if convolution else inputs[0]
+        for observer in observers:
+            observer.update(x)
 
     return hook
+
+
+def _seen(observers: Observers) -> dict[str, int]:
+    return {name: sum(one.seen for one in several) for name, several in observers.items()}

@@ -249,11 +249,12 @@ def _cell(
     if arm.plan is None or not layers:
         kind: ArmKind = "float" if arm.plan is not None else arm.kind
         return Cell(kind=kind, plan={}, method=None, options={}, calibration=None, **shared)
+    method = get_method(arm.plan.method, dict(arm.plan.options))
     return Cell(
         kind="quantized",
         plan={name: str(scheme) for name, scheme in layers.items()},
-        method=arm.plan.method,
-        options=arm.plan.to_dict()["options"],
+        method=method.name,
+        options=method.options(),
         calibration=calibration if needs_calibration(arm.plan, layers) else None,
         **shared,
     )
