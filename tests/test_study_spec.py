@@ -20,6 +20,12 @@ def test_arm_short_forms():
     everywhere = Arm.parse("w4a4-token").plan
     assert everywhere is not None
     assert everywhere.to_dict()["layers"] == {"*": "w4a4-token"}
+    by = Arm.parse("tuned=predictor:w3@smoothquant+gptq")
+    assert by.name == "tuned"
+    assert by.plan is not None
+    assert by.plan.to_dict()["layers"] == {"predictor.*": "w3"}
+    assert by.plan.method == "smoothquant+gptq"
+    assert Arm.parse("w3@gptq").name == "w3@gptq"
 
 
 def test_arms_resolve_to_the_layers_of_their_side():
@@ -54,6 +60,8 @@ def test_arm_mapping_form():
         (["oracle-stat"], "did you mean 'oracle-state'"),
         (["encodr:w4"], "did you mean 'encoder'"),
         (["w9"], "9"),
+        (["w4@gptp"], "did you mean 'gptq'"),
+        (["w4@awq+smoothquant"], "take one of them"),
         (["w4a4-tokn"], "did you mean 'token'"),
         (["=w4"], "empty name"),
         (["w4", "w2", "w4"], "2 arms are called 'w4'"),

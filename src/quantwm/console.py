@@ -23,6 +23,7 @@ from quantwm.errors import QuantWMError, UsageError
 
 if TYPE_CHECKING:
     from quantwm.bench.machine import AttentionRow
+    from quantwm.bench.methods import MethodRow
     from quantwm.bench.planner import PlannerReport, PlannerRow
     from quantwm.study.dry_run import CellPlan
 
@@ -204,6 +205,27 @@ def _bench_cells(row: "PlannerRow") -> list[str]:
 def _attention_cells(row: "AttentionRow") -> list[str]:
     shape = f"{row.rows} x {row.heads} x {row.queries} x {row.keys}"
     return [shape, *(f"{1e3 * t:.3g} ms" for t in (row.fused, row.products, row.blocked))]
+
+
+def print_methods_bench(rows: Iterable["MethodRow"]) -> None:
+    """Methods under plans: block and weight errors, time, memory."""
+    names = ("encoder", "predictor", "encoder W", "predictor W", "seconds", "peak")
+    columns = (Column(name, justify="right") for name in names)
+    table = Table("plan", Column("method", no_wrap=True), *columns, box=None)
+    for row in rows:
+        if row.refused is not None:
+            table.add_row(row.plan, row.method, Text(f"refused: {row.refused}", style="dim"))
+            continue
+        errors = (row.encoder, row.predictor, row.encoder_weights, row.predictor_weights)
+        table.add_row(
+            row.plan,
+            row.method,
+            *("" if error is None else f"{error:.4f}" for error in errors),
+            f"{row.seconds:.1f}",
+            f"{row.peak_mb:.0f} MiB",
+        )
+    out.print(table)
+    out.print("errors are relative L2; W: of the weights", highlight=False)
 
 
 def print_json(value: Any) -> None:

@@ -81,9 +81,15 @@ class Subject:
         episodes, candidates, horizon, _ = self.actions.shape
         return episodes, candidates, horizon
 
-    def calibration(self) -> Calibration:
-        """A few of the candidates, from the first episode's frame: enough for input ranges."""
-        seen = self.actions[0, :_CALIBRATION_SAMPLES].numpy()
+    def calibration(self, samples: int = _CALIBRATION_SAMPLES) -> Calibration:
+        """Some of the candidates, from the first episode's frame: a few give input ranges.
+
+        Raises:
+            UsageError: more than there are.
+        """
+        if not 1 <= samples <= self.actions.shape[1]:
+            raise UsageError(f"samples must be 1 to {self.actions.shape[1]}, got {samples}")
+        seen = self.actions[0, :samples].numpy()
         return Calibration(
             np.concatenate([self.observation["visual"][:1, 0], self.goal["visual"][:1, 0]]),
             np.concatenate([self.observation["proprio"][:1, 0], self.goal["proprio"][:1, 0]]),

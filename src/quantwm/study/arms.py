@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantwm.errors import PlanError, UsageError, unknown_name
-from quantwm.methods import resolve_plan
+from quantwm.methods import get_method, resolve_plan
 from quantwm.protocols import WorldModel
 from quantwm.quant import LayerScheme, QuantPlan
 from quantwm.study.cells import REFERENCES, ArmKind
@@ -14,6 +14,7 @@ from quantwm.study.cells import REFERENCES, ArmKind
 SIDES = ("encoder", "predictor")
 EXAMPLES = ("w8", "w8a8", "w8a8-token", "w4", "w4g128", "w4a4", "w4a4-token", "w3", "w2")
 """Short names that an error lists; the grammar has more (`quantwm.quant.LayerScheme`)."""
+LONGER_EXAMPLES = ("encoder:w4", "predictor:w4", "w4@gptq")
 MAPPING_KEYS = ("name", "kind", "plan", "method", "include", "options")
 
 
@@ -37,7 +38,8 @@ class Arm:
 
         `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
         ("w4g128": every quantizable layer), or that of one side with the other left in float
-        ("encoder:w3", "predictor:w3").
+        ("encoder:w3", "predictor:w3"); a quantization may name its method ("w4@gptq",
+        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise.
 
         Raises:
             UsageError: not a known arm; suggests the nearest.
@@ -50,12 +52,16 @@ class Arm:
         for reference in REFERENCES:
             if what == reference:
                 return cls(name, reference)
-        side, colon, scheme = what.rpartition(":")
+        quantization, at, method = what.partition("@")
+        side, colon, scheme = quantization.rpartition(":")
         if colon and side not in SIDES:
             raise unknown_name(f"side of arm {text!r}:", side, SIDES)
         if not re.match(r"[wa]\d", scheme):
-            raise unknown_name("arm", what, (*REFERENCES, *EXAMPLES, "encoder:w4", "predictor:w4"))
-        return cls(name, "quantized", QuantPlan({f"{side}.*" if colon else "*": scheme}))
+            raise unknown_name("arm", what, (*REFERENCES, *EXAMPLES, *LONGER_EXAMPLES))
+        if at:
+            get_method(method)
+        plan = QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")
+        return cls(name, "quantized", plan)
 
     @classmethod
     def from_value(cls, value: Any) -> "Arm":

@@ -1,0 +1,5 @@
+"""`python -m quantwm.cli`."""
+
+from quantwm.cli import main
+
+main()

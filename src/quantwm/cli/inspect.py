@@ -1,0 +1,34 @@
+"""The command that shows what there is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantwm.cli.app import Json, app
+from quantwm.console import exit_codes, print_facts, print_json
+
+
+@app.command(epilog="Example: quantwm info wall")
+def info(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A bundled model, or the folder of a model, data set or study."),
+    ] = None,
+    as_json: Json = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Data set: write a contact sheet of frames (PNG) here.")
+    ] = None,
+) -> None:
+    """Show what a model, data set, calibration file or results folder holds; without one, what
+    this installation offers."""
+    with exit_codes():
+        from quantwm.describe import contact_sheet, describe, describe_installation
+
+        facts = describe_installation() if source is None else describe(source)
+        if sheet is not None:
+            contact_sheet(str(source), sheet)
+        if as_json:
+            print_json(facts)
+        else:
+            print_facts(facts)

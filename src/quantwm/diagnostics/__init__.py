@@ -1,0 +1,1 @@
+"""Where and why a quantized model departs from the float one."""
