@@ -6,7 +6,7 @@ anything that satisfies `Task` can be planned in.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
@@ -96,9 +96,73 @@ class LinearGroup:
     tokens_per_frame: int | None = None
 
 
+@dataclass(frozen=True)
+class AttentionValues:
+    """The path of values through an attention.
+
+    Attributes:
+        qkv: the linear whose outputs are queries, keys and values, each `heads * head_dim` wide.
+        proj: the linear that reads what attention mixed from the values.
+        heads, head_dim: of the attention.
+    """
+
+    qkv: str
+    proj: str
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """A residual stream of a pre-LayerNorm transformer: all that writes it and all that reads it.
+
+    Whoever changes the stream's basis (rotation) must change all of these together, so what a
+    declaration leaves out must not touch the stream. Names are dotted.
+
+    Attributes:
+        name: of the stream.
+        width: of it.
+        writers: each linear or patch-embedding convolution whose output is added to the stream →
+            the LayerScale on its way, a module whose only parameter (width,) multiplies; or None.
+        readers: each LayerNorm that reads the stream → the linears that read it, which nothing
+            else feeds.
+        embeddings: parameters (..., width) that are added to the stream or put into it.
+        exit: the LayerNorm whose output leaves the stream.
+        entry: an `nn.Identity` through which tokens come into the stream that no writer makes,
+            before anything else is added; None if there are none.
+        values: of the attentions.
+        hidden: each `nn.Identity` in front of the second linear of an MLP → that linear.
+    """
+
+    name: str
+    width: int
+    writers: Mapping[str, str | None]
+    readers: Mapping[str, tuple[str, ...]]
+    embeddings: tuple[str, ...]
+    exit: str
+    entry: str | None = None
+    values: tuple[AttentionValues, ...] = ()
+    hidden: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class HasResidualStreams(Protocol):
+    """An optional member of world models, without which they cannot be rotated."""
+
+    def residual_streams(self) -> Sequence[ResidualStream]:
+        """All residual streams that hold quantizable layers."""
+        ...
+
+
 @runtime_checkable
 class WorldModel(Protocol):
-    """A latent world model for planning; an `nn.Module` with these members."""
+    """A latent world model for planning; an `nn.Module` with these members.
+
+    One that is made of transformers may also have that of `HasResidualStreams`. One whose blocks
+    keep something from call to call, such as keys and values, may also have `whole_windows()`, a
+    context manager without a value under which a block's output depends on its arguments alone:
+    methods that learn block by block run calibration data under it.
+    """
 
     action_spec: ActionSpec
     objective_weights: Mapping[str, float]

@@ -5,6 +5,7 @@ attention's two products. Norms, activations, softmax and residuals are not, so 
 matrix rate that stays below one is the price of everything that is no product.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -113,6 +114,33 @@ def planned_operations(
         else:
             one += _slid_window(config)
     return (one * candidates + encoding(config)) * episodes
+
+
+def added_operations(
+    config: DINOWMConfig,
+    added: Mapping[str, int],
+    candidates: int,
+    horizon: int,
+    episodes: int = 1,
+) -> Operations:
+    """What a method's own products cost on top of `planned_operations`.
+
+    Args:
+        config: of the model.
+        added: multiply-adds a token by module, `quantwm.quant.structure.added_multiply_adds`.
+        candidates, horizon, episodes: as in `planned_operations`.
+    """
+    size, slid = config.frame_tokens, max(0, horizon - config.num_hist)
+    newest = horizon * size
+    whole = newest + slid * (config.num_hist - 1) * size
+    last = ("predictor.norm", f"predictor.blocks.{config.predictor.depth - 1}.")
+    total = 0
+    for name, count in added.items():
+        if name.startswith("encoder."):
+            total += count * (config.num_patches + 1)
+        else:
+            total += count * candidates * (newest if name.startswith(last) else whole)
+    return Operations(total * episodes)
 
 
 def _newest_frame(config: DINOWMConfig, frames: int) -> Operations:

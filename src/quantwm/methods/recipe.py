@@ -33,6 +33,14 @@ _TRANSFORM_ORDER = ("rotation", "smoothquant", "awq")
 _SAME_TRANSFORM = {"smoothquant", "awq", "omniquant"}
 """Parts that each choose the factors of the same normalisations' outputs."""
 
+_CHOOSE_ALONE = (
+    (BlockLearning, "all codes of a block"),
+    (Rounding, "the codes"),
+    (InputRange, "input ranges"),
+    (Correction, "how layers are corrected"),
+)
+"""Roles that one part of a method can play, with what it chooses."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -88,7 +96,7 @@ class Recipe:
         groups: Sequence[LinearGroup],
         calibration: CalibrationData | None,
         progress: Progress | None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Transform the model, then quantize it; see `quantwm.quant.Method`."""
         steps = _Steps(len(self._transforms) + len(blocks_of(schemes, groups)), progress)
         work = Work(world_model, schemes, groups, calibration)
@@ -98,6 +106,7 @@ class Recipe:
             self._learn(learner, work, steps)
         else:
             self._round(work, steps)
+        return work.report
 
     def transform(self, work: Work, step: Callable[[], None] = lambda: None) -> None:
         """Run the transforms alone: the model stays float, and its outputs stay what they were."""
@@ -136,9 +145,8 @@ class Recipe:
     @property
     def _clipping(self) -> Clipping:
         # A part that does nothing but clip is meant where it is named: "awq+omse" clips as OMSE.
-        clippings = [part for part in self.parts if isinstance(part, Clipping)]
-        pure = [part for part in clippings if not isinstance(part, Transform | RTN)]
-        return (pure or clippings or [RTN()])[0]
+        clippings: list[Clipping] = [part for part in self.parts if isinstance(part, Clipping)]
+        return next((part for part in clippings if _only_clips(part)), (clippings or [RTN()])[0])
 
     @property
     def _rounding(self) -> Rounding:
@@ -177,6 +185,12 @@ def _position(part: Part) -> tuple[int, int, str]:
     return role, order, part.name
 
 
+def _only_clips(part: object) -> bool:
+    """Whether a part chooses ranges of weights and nothing else about them."""
+    others = Transform | BlockLearning | Rounding
+    return isinstance(part, Clipping) and not isinstance(part, others)
+
+
 def _misfits(parts: Sequence[Part]) -> Iterator[str]:
     """Why parts do not go together."""
     names = [part.name for part in parts]
@@ -188,14 +202,16 @@ def _misfits(parts: Sequence[Part]) -> Iterator[str]:
     rivals = sorted(_SAME_TRANSFORM & set(names))
     if len(rivals) > 1:
         yield f"{' and '.join(rivals)} scale the same channels; take one of them"
-    for role, what in ((Rounding, "the codes"), (InputRange, "input ranges")):
-        several = {p.name for p in parts if isinstance(p, role) and not isinstance(p, RTN)}
+    others = [part for part in parts if not isinstance(part, RTN)]
+    chosen = {what: {p.name for p in others if isinstance(p, role)} for role, what in _CHOOSE_ALONE}
+    chosen["the ranges of weights"] = {part.name for part in others if _only_clips(part)}
+    for what, several in chosen.items():
         if len(several) > 1:
             yield f"{' and '.join(sorted(several))} both choose {what}; take one of them"
-    learners = [part.name for part in parts if isinstance(part, BlockLearning)]
+    learners = [part.name for part in others if isinstance(part, BlockLearning)]
     choosers = [
         part.name
-        for part in parts
+        for part in others
         if isinstance(part, Clipping | Rounding) and not isinstance(part, BlockLearning)
     ]
     if learners and choosers:

@@ -36,7 +36,7 @@ def build_parts(method: str, options: Mapping[str, Any] | None = None) -> tuple[
 
     Raises:
         UsageError: an unknown part or option (with the nearest name), an option that several
-            parts have, or a value that a part refuses.
+            parts have or that is given twice, or a value that a part refuses.
     """
     names = [name.strip() for name in method.split("+")]
     for name in names:
@@ -45,7 +45,10 @@ def build_parts(method: str, options: Mapping[str, Any] | None = None) -> tuple[
     known = {name: set(inspect.signature(PARTS[name]).parameters) for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     for option, value in (options or {}).items():
-        chosen[_owner(method, option, known)][option.rpartition(".")[2]] = value
+        owner, plain = _owner(method, option, known), option.rpartition(".")[2]
+        if plain in chosen[owner]:
+            raise UsageError(f"the option {owner}.{plain} is given twice: drop one of them")
+        chosen[owner][plain] = value
     return tuple(PARTS[name](**chosen[name]) for name in names)
 
 
@@ -53,13 +56,14 @@ def _owner(method: str, option: str, known: Mapping[str, set[str]]) -> str:
     part, _, plain = option.rpartition(".")
     if part and part not in known:
         raise unknown_name(f"part of {method!r}:", part, known)
-    owners = [name for name in known if plain in known[name] and part in ("", name)]
+    asked = {part: known[part]} if part else known
+    owners = [name for name in asked if plain in asked[name]]
     if len(owners) == 1:
         return owners[0]
     if owners:
         written = " or ".join(repr(f"{name}.{plain}") for name in owners)
         raise UsageError(f"{' and '.join(owners)} both have an option {plain!r}; write {written}")
-    everything = sorted(set().union(*known.values()))
+    everything = set().union(*asked.values())
     if not everything:
-        raise UsageError(f"the method {method!r} has no options, got {option!r}")
-    raise unknown_name(f"option of {method}:", option, everything)
+        raise UsageError(f"the method {part or method!r} has no options, got {option!r}")
+    raise unknown_name(f"option of {part or method}:", plain, everything)

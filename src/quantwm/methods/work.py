@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Work:
         groups: all that the model declares, in forward order.
         calibration: present where a part or a scheme needs it.
         step: to be called after each step of a method, for progress.
+        memory: what a part knows from one of its turns to the next, by the part's name; parts
+            themselves hold options and no state.
+        report: what parts have to tell of their work, JSON values by the part's name.
     """
 
     world_model: WorldModel
@@ -38,6 +42,8 @@ class Work:
     groups: Sequence[LinearGroup]
     calibration: CalibrationData | None = None
     step: Callable[[], None] = field(default=_nothing)
+    memory: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def replay(self) -> Replay:
@@ -74,19 +80,21 @@ class Work:
         found = {name: self.schemes[name].weight for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
+    def token_sample(self, name: str, capacity: int = DEFAULT_TOKENS) -> TokenSample:
+        """An observer, yet to be shown anything, that takes a sample of what a layer reads.
+
+        Of a layer whose input scale is one a frame it takes whole frames.
+        """
+        activation = self.schemes[name].activation if name in self.schemes else None
+        framed = activation is not None and activation.granularity == "per_tensor_dynamic"
+        unit = self.group_of[name].tokens_per_frame if framed else 1
+        return TokenSample(name, capacity, unit)
+
     def samples(
         self, names: Iterable[str], capacity: int = DEFAULT_TOKENS
     ) -> dict[str, TokenSample]:
-        """A sample of what layers read in the model as it is now, all in one replay.
-
-        Layers whose input scale is one a frame get whole frames.
-        """
-        observers = {}
-        for name in names:
-            activation = self.schemes[name].activation if name in self.schemes else None
-            framed = activation is not None and activation.granularity == "per_tensor_dynamic"
-            unit = self.group_of[name].tokens_per_frame if framed else 1
-            observers[name] = TokenSample(name, capacity, unit)
+        """A `token_sample` of each layer in the model as it is now, all in one replay."""
+        observers = {name: self.token_sample(name, capacity) for name in names}
         self.replay.show({name: [observer] for name, observer in observers.items()})
         return observers
 

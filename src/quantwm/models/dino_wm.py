@@ -1,6 +1,7 @@
 """DINO-WM: DINOv2 patch tokens, a ViT predictor, rollouts in latent space (arXiv 2411.04983)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from quantwm.errors import UsageError, unknown_name
 from quantwm.models.dinov2 import DINOv2
 from quantwm.models.predictor import Predictor, Window
-from quantwm.protocols import ActionSpec, Latent, LinearGroup, Observation
+from quantwm.protocols import ActionSpec, Latent, LinearGroup, Observation, ResidualStream
 
 Numbers = tuple[float, ...]
 _TOKENS_A_CHUNK = 800
@@ -185,6 +186,7 @@ class DINOWM(nn.Module):
             "visual": 1.0,
             "proprio": config.proprio_weight,
         }
+        self._keep_keys = True
 
     @property
     def rollout_chunk(self) -> int:
@@ -311,7 +313,7 @@ class DINOWM(nn.Module):
             self.tokens(parts["visual"][:, t], parts["proprio"][:, t], action[:, t])
             for t in range(observed)
         ]
-        window, fresh = Window(self.predictor), frames
+        window, fresh = Window(self.predictor, keep=self._keep_keys), frames
         for t in range(observed, horizon + 1):
             newest = window.successor(fresh)
             if t < horizon:
@@ -320,6 +322,18 @@ class DINOWM(nn.Module):
             frames = fresh if last_only else [*frames, newest]
         stacked = torch.stack(frames, dim=1)
         return self.split_tokens(stacked.view(batch, candidates, *stacked.shape[1:]))
+
+    @contextmanager
+    def whole_windows(self) -> Iterator[None]:
+        """Keep no keys and values: a block's output depends on its arguments alone.
+
+        Rollouts are the same up to rounding, at the cost of more operations.
+        """
+        before, self._keep_keys = self._keep_keys, False
+        try:
+            yield
+        finally:
+            self._keep_keys = before
 
     def quantizable_groups(self) -> Sequence[LinearGroup]:
         """Four groups a block, then the optional patch embedding and attention operands."""
@@ -350,6 +364,13 @@ class DINOWM(nn.Module):
                     for tap in ("q_input", "k_input", "p_input", "v_input")
                 )
         return groups
+
+    def residual_streams(self) -> Sequence[ResidualStream]:
+        """Those of the encoder and the predictor."""
+        return (
+            self.encoder.residual_stream("encoder"),
+            self.predictor.residual_stream("predictor"),
+        )
 
 
 def _embed(conv: nn.Conv1d, values: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantwm.models.transformer import Block
+from quantwm.models.transformer import Block, residual_stream
+from quantwm.protocols import ResidualStream
 
 _OFFSET = 0.1
 """Meta's code adds this to the target grid before it forms the scale factor; the released
@@ -82,6 +83,16 @@ class DINOv2(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return cast(Tensor, self.norm(tokens)[:, 1:])
+
+    def residual_stream(self, name: str) -> ResidualStream:
+        """The declaration of this module's stream; `name` is the module's."""
+        return residual_stream(
+            name,
+            list(self.blocks),
+            width=self.width,
+            writers=("patch_embed.proj",),
+            embeddings=("cls_token", "pos_embed"),
+        )
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
         """Position embedding (1, 1 + rows·columns, width), bicubic as in Meta's code."""

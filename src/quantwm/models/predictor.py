@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from quantwm.models.attention import KeyValueCache
-from quantwm.models.transformer import Block
+from quantwm.models.transformer import Block, residual_stream
+from quantwm.protocols import ResidualStream
 
 _REFERENCE_LAYER = re.compile(r"^(?:transformer\.)?layers\.(\d+)\.(?:(0|attn)|(1|ff|mlp))\.(.+)$")
 _REFERENCE_ATTENTION = {"norm": "norm1", "to_qkv": "attn.qkv", "to_out.0": "attn.proj"}
@@ -19,7 +20,7 @@ _REFERENCE_MLP = {"net.0": "norm2", "net.1": "mlp.fc1", "net.4": "mlp.fc2"}
 
 
 class Predictor(nn.Module):
-    """Frame-causal ViT.
+    """Frame-causal ViT; the tap `entry` sees the tokens that come in.
 
     Args:
         num_patches: tokens a frame.
@@ -41,7 +42,8 @@ class Predictor(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_patches, self.num_frames = num_patches, num_frames
+        self.num_patches, self.num_frames, self.width = num_patches, num_frames, width
+        self.entry = nn.Identity()
         self.pos_embedding = nn.Parameter(torch.zeros(1, num_frames * num_patches, width))
         self.blocks = nn.ModuleList(
             Block(
@@ -84,6 +86,7 @@ class Predictor(nn.Module):
         caches: Sequence[KeyValueCache | None] = cache or [None] * len(self.blocks)
         begin = cache[0].length if cache else 0
         position = self.pos_embedding[:, begin : begin + tokens.shape[1]]
+        tokens = self.entry(tokens)
         tokens = tokens + position.to(tokens.dtype)
         last = len(self.blocks) - 1
         for number, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
@@ -93,6 +96,16 @@ class Predictor(nn.Module):
             tokens = tokens[:, -self.num_patches :]
         return cast(Tensor, self.norm(tokens))
 
+    def residual_stream(self, name: str) -> ResidualStream:
+        """The declaration of this module's stream; `name` is the module's."""
+        return residual_stream(
+            name,
+            list(self.blocks),
+            width=self.width,
+            embeddings=("pos_embedding",),
+            entry="entry",
+        )
+
 
 class Window:
     """The last `num_frames` frames of a rollout, predicted from with the fewest operations.
@@ -101,13 +114,18 @@ class Window:
     are kept and only the newest frame is computed. Once it slides, every position has moved and
     with it everything that was computed: the whole window is computed again, but of the last
     block only what the newest frame needs.
+
+    Args:
+        predictor: to predict with.
+        keep: whether keys and values may be kept; without, every frame of the window is computed
+            at every call, so that no call depends on an earlier one.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, *, keep: bool = True) -> None:
         self._predictor = predictor
         self._frames: list[Tensor] = []
         self._seen = 0
-        self._cache = predictor.new_cache() if predictor.num_frames > 1 else None
+        self._cache = predictor.new_cache() if keep and predictor.num_frames > 1 else None
 
     def successor(self, fresh: Sequence[Tensor]) -> Tensor:
         """Take in frames and predict the newest one's successor.
@@ -122,7 +140,9 @@ class Window:
         self._frames = [*self._frames, *fresh][-size:]
         self._seen += len(fresh)
         if self._seen > size:
-            self._cache, fresh = None, self._frames
+            self._cache = None
+        if self._cache is None:
+            fresh = self._frames
         tokens = torch.cat(list(fresh), dim=1) if len(fresh) > 1 else fresh[0]
         return cast(Tensor, self._predictor(tokens, cache=self._cache, newest_only=True))
 

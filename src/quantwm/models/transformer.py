@@ -3,6 +3,7 @@
 Parameter names are those of Meta's DINOv2 release.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantwm.models.attention import KeyValueCache, frame_causal
+from quantwm.protocols import AttentionValues, ResidualStream
 
 
 class LayerScale(nn.Module):
@@ -96,16 +98,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linears with an exact GELU between them."""
+    """Two linears with an exact GELU between them; the tap `hidden` sees what the second reads."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
+        self.hidden = nn.Identity()
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) → (..., width)."""
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+        return cast(Tensor, self.fc2(self.hidden(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
@@ -156,3 +159,49 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
+
+
+def residual_stream(
+    name: str,
+    blocks: Sequence[nn.Module],
+    *,
+    width: int,
+    writers: Sequence[str] = (),
+    embeddings: Sequence[str],
+    entry: str | None = None,
+) -> ResidualStream:
+    """The stream of a module called `name` that holds `blocks` and a last `norm`.
+
+    Args:
+        name: dotted.
+        blocks: all of type `Block`.
+        width: of the stream.
+        writers: linears before the first block, named within the module.
+        embeddings, entry: as in `ResidualStream`, named within the module.
+    """
+    written: dict[str, str | None] = {f"{name}.{writer}": None for writer in writers}
+    readers: dict[str, tuple[str, ...]] = {}
+    hidden: dict[str, str] = {}
+    values = []
+    for index, block in enumerate(blocks):
+        assert isinstance(block, Block)
+        own, attn = f"{name}.blocks.{index}", block.attn
+        for writer, scale in (("attn.proj", "ls1"), ("mlp.fc2", "ls2")):
+            scaled = isinstance(getattr(block, scale), LayerScale)
+            written[f"{own}.{writer}"] = f"{own}.{scale}" if scaled else None
+        readers |= {f"{own}.norm1": (f"{own}.attn.qkv",), f"{own}.norm2": (f"{own}.mlp.fc1",)}
+        hidden[f"{own}.mlp.hidden"] = f"{own}.mlp.fc2"
+        values.append(
+            AttentionValues(f"{own}.attn.qkv", f"{own}.attn.proj", attn.heads, attn.head_dim)
+        )
+    return ResidualStream(
+        name,
+        width,
+        written,
+        readers,
+        tuple(f"{name}.{embedding}" for embedding in embeddings),
+        f"{name}.norm",
+        None if entry is None else f"{name}.{entry}",
+        tuple(values),
+        hidden,
+    )

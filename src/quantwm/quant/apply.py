@@ -52,7 +52,7 @@ class Method(Protocol):
         groups: Sequence[LinearGroup],
         calibration: CalibrationData | None,
         progress: Progress | None,
-    ) -> None:
+    ) -> Mapping[str, Any]:
         """Replace the layers of `schemes` in `world_model`, which is a copy.
 
         The copy shares its tensors with the model it was made from: put new tensors in the place
@@ -64,6 +64,9 @@ class Method(Protocol):
             groups: all that the model declares.
             calibration: of this very model; present where it is needed.
             progress: called after each step.
+
+        Returns:
+            what it has to tell of its work, JSON values: `Quantization.report`.
         """
         ...
 
@@ -77,12 +80,15 @@ class Quantization:
         layers: each quantized layer's scheme, in forward order.
         source_model_hash: `model_hash` of the float model.
         structure: modules that the method added, see `quantwm.quant.structure`.
+        report: what the method had to tell, such as errors before and after; not saved, and no
+            part of what makes two records equal.
     """
 
     plan: QuantPlan
     layers: tuple[tuple[str, LayerScheme], ...]
     source_model_hash: str
     structure: Structure = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def method(self) -> str:
@@ -185,9 +191,9 @@ def apply_method(
     target = world_model if inplace else copy_sharing_tensors(world_model)
     groups = tuple(world_model.quantizable_groups())
     logger.info("quantizing %d layers by %s", len(schemes), method.name)
-    method.apply(target, schemes, groups, calibration, progress)
+    report = method.apply(target, schemes, groups, calibration, progress)
     structure = changes(before, target, set(schemes))
-    record = Quantization(plan, tuple(schemes.items()), source_hash, structure)
+    record = Quantization(plan, tuple(schemes.items()), source_hash, structure, report)
     attach_record(target, record)
     return target
 

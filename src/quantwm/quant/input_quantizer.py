@@ -109,13 +109,16 @@ class InputQuantizer(ExactBuffers):
         if self.scale is not None:
             flat = x.reshape(-1, x.shape[-1])
             return fake_quantize_static(flat, self.scale, *self._ends).view(x.shape)
+        rows = self.by_scale(x)
+        rounded = fake_quantize_rows(rows, self.scheme.bits, symmetric=self.scheme.symmetric)
+        return rounded.view(x.shape)
+
+    def by_scale(self, x: Tensor) -> Tensor:
+        """(..., tokens, width) → (scales, values that share one), of a grid found while running."""
         width = x.shape[-1]
         if self.scheme.granularity == "per_tensor_dynamic":
             width *= self._tokens_of_a_frame(x)
-        rows = fake_quantize_rows(
-            x.reshape(-1, width), self.scheme.bits, symmetric=self.scheme.symmetric
-        )
-        return rows.view(x.shape)
+        return x.reshape(-1, width)
 
     def within_grid(self, x: Tensor) -> Tensor | None:
         """Which values are not clipped, bool like `x`; None if the grid follows the values."""

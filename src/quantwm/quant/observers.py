@@ -3,8 +3,9 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,16 @@ class Observer(ABC):
         self.layer = layer
         self.seen = 0
         """Values seen so far."""
+
+    def see(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],  # noqa: ARG002
+    ) -> None:
+        """See one call of the layer, before it runs."""
+        convolution = isinstance(module, nn.Conv2d | QuantConv2d)
+        self.update(input_matrix(module, args[0]) if convolution else args[0])
 
     def update(self, x: Tensor) -> None:
         """See one batch of inputs, (..., width).
@@ -115,14 +126,16 @@ class MinMax(RangeObserver):
 
 
 Observers = Mapping[str, Sequence[Observer]]
-"""By layer name; a layer's observers see the same inputs."""
+"""By name of a layer, or of a block; its observers see the same inputs."""
+RunContext: TypeAlias = Callable[[WorldModel], AbstractContextManager[WorldModel]]
+"""Entered around the running of a model; gives what calibration data are then run on."""
 
 
 class Replay:
     """Shows layers what calibration data make them read, again and again while a model changes.
 
-    Frames are encoded again only after a layer that encodes them was changed, which the first
-    replay finds out; sequences are rolled out again only for layers that a rollout runs.
+    Frames are encoded again only after a layer that encodes them was changed, and sequences are
+    rolled out again only for layers that a rollout runs: the first replay finds out which.
 
     Args:
         world_model: of which layers are being replaced, in place.
@@ -136,8 +149,12 @@ class Replay:
         self._rolling: set[str] = set()
         self._known: set[str] = set()
 
-    def show(self, observers: Observers) -> None:
+    def show(self, observers: Observers, context: RunContext = nullcontext) -> None:
         """Show their layers' inputs to observers, in one replay of the model as it is now.
+
+        Args:
+            observers: by name of a layer or block.
+            context: to run the model in.
 
         Raises:
             NonFiniteError: a layer's input holds NaN or infinite values.
@@ -147,19 +164,16 @@ class Replay:
             return
         logger.debug("observing the inputs of %d layers", len(observers))
         names = set(observers)
-        fresh = names - self._known
+        fresh = {name for name in names if not _meet(name, self._known)}
         with torch.no_grad():
-            if self._latents is None or fresh or names & self._encoding:
-                before = _seen(observers)
-                with watching(self._model, observers):
-                    self._latents = self._calibration.encode(self._model)
-                self._encoding |= {n for n in names if _seen(observers)[n] > before[n]}
-            if fresh or names & self._rolling:
-                before = _seen(observers)
-                with watching(self._model, observers):
-                    self._calibration.roll_out(self._model, self._latents)
-                self._rolling |= {n for n in names if _seen(observers)[n] > before[n]}
-        self._known |= names
+            if self._latents is None or fresh or any(_meet(n, self._encoding) for n in names):
+                with self._running(observers, self._encoding, context) as model:
+                    self._latents = self._calibration.encode(model)
+            if fresh or any(_meet(n, self._rolling) for n in names):
+                with self._running(observers, self._rolling, context) as model:
+                    self._calibration.roll_out(model, self._latents)
+        if fresh:
+            self._known |= names | self._declared()
         for several in observers.values():
             for observer in several:
                 observer.check_seen()
@@ -169,6 +183,27 @@ class Replay:
         names = set(layers)
         if names & self._encoding or names - self._known:
             self._latents = None
+
+    def _declared(self) -> set[str]:
+        """Layers that the model declares, but no taps: it may skip those while none is watched."""
+        names = (name for group in self._model.quantizable_groups() for name in group.layers)
+        return {n for n in names if type(self._model.get_submodule(n)) is not nn.Identity}
+
+    @contextmanager
+    def _running(
+        self, observers: Observers, running: set[str], context: RunContext
+    ) -> Iterator[WorldModel]:
+        """Watch a run, and enter into `running` which of all declared layers take part in it."""
+        handles = []
+        with watching(self._model, observers), context(self._model) as model:
+            for name in set(observers) | self._declared():
+                hook = partial(_enter, running, name)
+                handles.append(self._model.get_submodule(name).register_forward_pre_hook(hook))
+            try:
+                yield model
+            finally:
+                for handle in handles:
+                    handle.remove()
 
 
 def input_ranges(
@@ -205,7 +240,7 @@ def watching(world_model: WorldModel, observers: Observers) -> Iterator[None]:
                 taps.append((name, module))
                 module = _WatchedTap()
                 replace_module(world_model, name, module)
-            handles.append(module.register_forward_pre_hook(_feed(several)))
+            handles.append(module.register_forward_pre_hook(_feed(several), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -214,15 +249,18 @@ def watching(world_model: WorldModel, observers: Observers) -> Iterator[None]:
             replace_module(world_model, name, tap)
 
 
-def _feed(observers: Sequence[Observer]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        convolution = isinstance(module, nn.Conv2d | QuantConv2d)
-        x = input_matrix(module, inputs[0]) if convolution else inputs[0]
+def _feed(observers: Sequence[Observer]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for observer in observers:
-            observer.update(x)
+            observer.see(module, args, kwargs)
 
     return hook
 
 
-def _seen(observers: Observers) -> dict[str, int]:
-    return {name: sum(one.seen for one in several) for name, several in observers.items()}
+def _meet(name: str, layers: Iterable[str]) -> bool:
+    """Whether a layer is one of `layers`, or a block holds one of them."""
+    return any(layer == name or layer.startswith(f"{name}.") for layer in layers)
+
+
+def _enter(names: set[str], name: str, *_: object) -> None:
+    names.add(name)

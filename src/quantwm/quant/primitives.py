@@ -115,7 +115,7 @@ def from_groups(grouped: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 def weight_range(weight: Tensor, granularity: WeightGranularity) -> Range:
     """Lowest and highest weight of each group, float32 (rows, groups), zero included."""
     grouped = to_groups(weight.float(), granularity)
-    return grouped.amin(-1).clamp_(max=0), grouped.amax(-1).clamp_(min=0)
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
 def weight_parameters(extent: Range, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:

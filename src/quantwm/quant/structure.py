@@ -1,7 +1,8 @@
 """Modules that a method put into a model, described so that a saved model can be built again.
 
-Methods may replace an `nn.Identity` tap or a normalisation by one of the modules that `describe`
-knows, and give a linear a bias that it had not. Nothing else about a model's structure changes.
+Methods may replace an `nn.Identity` tap, a normalisation or a LayerScale by one of the modules
+that `describe` knows, and give a linear or a patch embedding a bias that it had not. Nothing else
+about a model's structure changes.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         return {"kind": "rms_norm", "width": width, "eps": module.eps}
     if isinstance(module, Hadamard):
         return {"kind": "hadamard", "width": module.width}
+    if type(module) is nn.Identity:
+        return {"kind": "identity"}
     raise UsageError(f"a method put a {type(module).__name__} into the model, which is not known")
 
 
@@ -58,9 +61,12 @@ def build(description: Mapping[str, Any]) -> nn.Module:
                 inputs, outputs = int(description["inputs"]), int(description["outputs"])
                 return nn.Linear(inputs, outputs, bias=bool(description["bias"]))
             case "rms_norm":
-                return nn.RMSNorm(int(description["width"]), eps=float(description["eps"]))
+                eps = description["eps"]
+                return nn.RMSNorm(int(description["width"]), None if eps is None else float(eps))
             case "hadamard":
                 return Hadamard(int(description["width"]))
+            case "identity":
+                return nn.Identity()
             case kind:
                 raise CorruptFileError(f"a saved model holds an unknown kind of module: {kind!r}")
     except (KeyError, TypeError, ValueError) as error:
@@ -74,7 +80,8 @@ def changes(before: WorldModel, after: WorldModel, quantized: set[str]) -> dict[
         before, after: a float model, and what a method made of a copy of it.
         quantized: names of layers that are replaced by quantized ones, which are not counted.
     """
-    old, found = dict(before.named_modules()), {}
+    old: dict[str, nn.Module] = dict(before.named_modules())
+    found: dict[str, Any] = {}
     for name, module in after.named_modules():
         own = old.get(name)
         if own is None or any(name.startswith(f"{other}.") for other in found):
@@ -100,11 +107,36 @@ def restructure(world_model: WorldModel, structure: Structure) -> None:
             raise MismatchError(f"the saved model has a module {name!r}, this one not") from error
         device = next((p.device for p in world_model.parameters()), torch.device("cpu"))
         if description == _ADDED_BIAS:
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | nn.Conv2d):
                 raise MismatchError(f"{name} was saved with a bias, but is no linear here")
-            module.bias = nn.Parameter(torch.zeros(module.out_features, device=device))
+            module.bias = nn.Parameter(torch.zeros(len(module.weight), device=device))
         else:
-            replace_module(world_model, name, build(description).to(device).eval())
+            added = build(description).eval()
+            # Buffers that are not stored would lose their values on the meta device for good.
+            added = added if device.type == "meta" else added.to(device)
+            replace_module(world_model, name, added)
+
+
+def added_multiply_adds(structure: Structure) -> dict[str, int]:
+    """Multiply-adds a token of the products that a method added, by module name.
+
+    Args:
+        structure: of a quantized model's record, `quantization_of(world_model).structure`.
+    """
+    counts = {name: _multiply_adds(description) for name, description in structure.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _multiply_adds(description: Mapping[str, Any]) -> int:
+    match description["kind"]:
+        case "sequential":
+            return sum(_multiply_adds(part) for part in description["parts"])
+        case "linear":
+            return int(description["inputs"]) * int(description["outputs"])
+        case "hadamard":
+            return Hadamard(int(description["width"])).multiply_adds
+        case _:
+            return 0
 
 
 def _bias(module: nn.Module) -> Tensor | None:

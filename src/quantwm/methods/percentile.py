@@ -1,0 +1,197 @@
+"""Percentile: static input ranges that leave the rarest values out."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantwm.errors import UsageError
+from quantwm.methods.registry import register
+from quantwm.protocols import LinearGroup, WorldModel
+from quantwm.quant.observers import MinMax, RangeObserver
+from quantwm.quant.primitives import Range
+from quantwm.quant.scheme import LayerScheme
+
+EXTREMES, SAMPLE = 2**18, 2**19
+"""Values of each layer that are kept at either end and of all: up to 10 MiB together."""
+_PIECE = 2**20
+"""Values that are looked at together, so that memory stays bounded."""
+
+
+@register
+@dataclass(frozen=True)
+class Percentile:
+    """Clipping of static inputs at quantiles of what the float model reads on calibration data.
+
+    A layer's range goes from the (100 - p)th to the pth percentile of all values that it reads
+    (in Wu et al., arXiv 2004.09602, of their magnitudes), interpolated linearly. Zero is taken in
+    only as the grid itself requires. Percentiles are exact while no more than `EXTREMES` values
+    lie beyond them, which at p = 99.9 is 262 million values a layer; further from the ends they
+    are those of a uniform sample of `SAMPLE` values. Layers whose activations are dynamic or float
+    are left alone.
+
+    A model whose rare large values carry meaning, as DINOv2's do, needs p much nearer to 100.
+
+    Attributes:
+        percentile: p, above 50 and at most 100, which is the full range.
+
+    Raises:
+        UsageError: p out of range.
+    """
+
+    percentile: float = 99.9
+    name: ClassVar[str] = "percentile"
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.percentile, int | float) and not isinstance(self.percentile, bool)
+        if not number or not 50 < self.percentile <= 100:
+            raise UsageError(
+                "percentile.percentile must be above 50 and at most 100, such as 99.9, "
+                f"got {self.percentile!r}"
+            )
+
+    def problems(
+        self,
+        world_model: WorldModel,  # noqa: ARG002
+        schemes: Mapping[str, LayerScheme],
+        groups: Sequence[LinearGroup],  # noqa: ARG002
+    ) -> list[str]:
+        """A plan without anything to clip."""
+        activations = [scheme.activation for scheme in schemes.values()]
+        if any(activation is not None and activation.static for activation in activations):
+            return []
+        return [
+            "no layer of the plan has static activations, so there is no input range to choose; "
+            "write 'a8' (without -token or -dynamic) for some layers, or leave percentile out"
+        ]
+
+    def observer(self, layer: str) -> RangeObserver:
+        """Percentiles of all inputs, or their extremes where p is 100."""
+        if self.percentile == 100:
+            return MinMax(layer)
+        return PercentileRange(layer, self.percentile)
+
+
+class PercentileRange(RangeObserver):
+    """Settles on the (100 - p)th and the pth percentile of what it sees.
+
+    Args:
+        layer: dotted name.
+        percentile: p.
+        extremes: largest and smallest values to keep, for percentiles near the ends.
+        sample: values to keep of all, for other percentiles.
+    """
+
+    def __init__(
+        self, layer: str, percentile: float, extremes: int = EXTREMES, sample: int = SAMPLE
+    ) -> None:
+        super().__init__(layer)
+        self.percentile = percentile
+        self._smallest, self._largest = _Largest(extremes), _Largest(extremes)
+        self._sample = _Sample(layer, sample)
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:  # noqa: ARG002
+        # A copy, because models write into what layers have read.
+        for values in torch.split(x.flatten().to(torch.float32, copy=True), _PIECE):
+            self._largest.update(values)
+            self._smallest.update(-values)
+            self._sample.update(values)
+
+    def range(self) -> Range:
+        """The two percentiles: exact, or of the sample where they are too far from the ends."""
+        self.check_seen()
+        share = (100 - self.percentile) / 100
+        position = share * (self.seen - 1)
+        low, high = self._smallest.at(position), self._largest.at(position)
+        if low is not None and high is not None:
+            return -low, high
+        values = self._sample.values().double()
+        shares = torch.tensor([share, 1 - share], dtype=torch.float64, device=values.device)
+        sampled_low, sampled_high = torch.quantile(values, shares).float()
+        return sampled_low, sampled_high
+
+
+class _Largest:
+    """The largest values seen, exactly."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept: list[Tensor] = []
+        self._count = 0
+        self._least = -torch.inf
+
+    def update(self, values: Tensor) -> None:
+        """See values (n,)."""
+        if self._least > -torch.inf:
+            values = values[values > self._least]
+        self._kept.append(values)
+        self._count += len(values)
+        if self._count > 2 * self._capacity:
+            self._drop_small()
+
+    def at(self, position: float) -> Tensor | None:
+        """The value `position` ranks below the largest, interpolated; None if no longer known."""
+        values = self._drop_small()
+        above, below = math.floor(position), math.ceil(position)
+        if below >= len(values):
+            return None
+        ordered = values.topk(below + 1).values
+        return torch.lerp(
+            ordered[above].double(), ordered[below].double(), position - above
+        ).float()
+
+    def _drop_small(self) -> Tensor:
+        values = torch.cat(self._kept)
+        if len(values) > self._capacity:
+            values = values.topk(self._capacity, sorted=False).values
+            self._least = values.min().item()
+        self._kept, self._count = [values], len(values)
+        return values
+
+
+class _Sample:
+    """A uniform sample of the values seen.
+
+    Every value gets a random number from a generator of the layer's own, and those with the
+    lowest are kept: the sample depends on the layer's name and inputs alone, not on how many
+    come at a time.
+    """
+
+    def __init__(self, layer: str, capacity: int) -> None:
+        self._capacity = capacity
+        seed = int.from_bytes(hashlib.sha256(layer.encode()).digest()[:7], "big")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._count = 0
+        self._cut = 1.0
+
+    def update(self, values: Tensor) -> None:
+        """See values (n,)."""
+        draws = torch.rand(len(values), generator=self._generator)
+        if self._cut < 1:
+            # Few numbers are that low late in a replay.
+            values, draws = _chosen(values, draws, self._cut)
+        self._kept.append((values, draws))
+        self._count += len(draws)
+        if self._count > 1.5 * self._capacity:
+            self.values()
+
+    def values(self) -> Tensor:
+        """The values with the `capacity` lowest numbers, and ties; the others are dropped."""
+        values, draws = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        if len(draws) > self._capacity:
+            self._cut = draws.kthvalue(self._capacity).values.item()
+            values, draws = _chosen(values, draws, self._cut)
+        self._kept, self._count = [(values, draws)], len(draws)
+        return values
+
+
+def _chosen(values: Tensor, draws: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    """Values whose numbers, which are always on the CPU, are at most `cut`."""
+    index = (draws <= cut).nonzero().squeeze(1)
+    return values[index.to(values.device)], draws[index]
