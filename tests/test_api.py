@@ -50,6 +50,14 @@ def test_importing_the_package_or_asking_for_help_does_not_import_torch():
     subprocess.run([sys.executable, "-c", script], check=True, env=dict(os.environ))
 
 
+def test_loading_a_model_leaves_the_global_random_state_alone(tmp_path):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    qwm.save(qwm.quantize(qwm.load("wall"), {"predictor.*": "w8"}), tmp_path / "small")
+    qwm.load(tmp_path / "small")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_the_bundled_model_is_complete():
     world_model = qwm.load("wall")
     assert world_model.config.task == "wall"

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_BUSY = 0.5
+"""Load average above which a benchmark says that it is not alone."""
+_UNBOUNDED = 10_000
+"""Columns: more than any table needs."""
 
 out = Console()
 """What a command was asked for."""
@@ -143,13 +147,13 @@ class ArmLines:
 
 def print_cells(plans: Iterable["CellPlan"]) -> None:
     """A dry run's list."""
-    table = Table("arm", "cell", "state", Column("estimate", justify="right"), box=None)
+    table = _columns("arm", "cell", "state", _right("estimate"))
     total = 0.0
     for plan in plans:
         state = "done" if plan.done else f"as {plan.shares}" if plan.shares else "to run"
         table.add_row(Text(plan.arm), plan.cell, state, f"{plan.seconds:.0f} s")
         total += plan.seconds
-    out.print(table)
+    _print_whole(table)
     out.print(f"estimate: at most {total:.0f} s, good to a factor of two or three", highlight=False)
 
 
@@ -170,11 +174,19 @@ def print_planner_bench(report: "PlannerReport") -> None:
     )
     where = machine["gpu"] or machine["processor"] or machine["device"]
     out.print(f"{where}, {machine['threads']} threads; matrix products: {rates}", highlight=False)
-    names = ("seconds", "faster", "against float", "TFLOP", "of the rate", "memory", "cost error")
-    table = Table("scale", "variant", *(Column(n, justify="right") for n in names), box=None)
+    load = machine["load_average_before"]
+    if load is not None and load > _BUSY:
+        out.print(
+            f"the machine was busy before (load average {load:.1f}): its ratios are not to be "
+            "trusted, because work beside it slows what runs on all threads the most",
+            style="yellow",
+            highlight=False,
+        )
+    names = ("seconds", "faster", "time\nvs float", "TFLOP", "of the\nrate", "memory\nMiB")
+    table = _columns("scale", "variant", *(_right(name) for name in (*names, "cost\nerror")))
     for row in report.rows:
         table.add_row(row.scale, row.variant, *_bench_cells(row))
-    out.print(table)
+    _print_whole(table)
     for row in report.rows:
         if row.linearity is not None:
             out.print(
@@ -183,28 +195,44 @@ def print_planner_bench(report: "PlannerReport") -> None:
                 f"{2 * (1 + row.linearity):.2f} times as long",
                 highlight=False,
             )
-    sizes = ("rows x heads x queries x keys", "fused", "products", "blocked")
-    table = Table("attention", "type", *(Column(n, justify="right") for n in sizes), box=None)
+    sizes = ("rows x heads x\nqueries x keys", "fused\nms", "products\nms", "blocked\nms")
+    table = _columns("attention", "type", *(_right(size) for size in sizes))
     for kernel in report.attention:
         table.add_row(kernel.scale, kernel.dtype, *_attention_cells(kernel))
-    out.print(table)
+    _print_whole(table)
+
+
+def _columns(*headers: Column | str) -> Table:
+    return Table(*headers, box=None, pad_edge=False, collapse_padding=True)
+
+
+def _right(header: str) -> Column:
+    return Column(header, justify="right")
+
+
+def _print_whole(table: Table) -> None:
+    """As wide as its content, because a name that is cut says nothing: where the console is
+    narrower, it wraps the lines."""
+    unbounded = out.options.update(width=_UNBOUNDED)
+    table.width = out.measure(table, options=unbounded).maximum
+    out.print(table, crop=False)
 
 
 def _bench_cells(row: "PlannerRow") -> list[str]:
     return [
         f"{row.seconds:.3g}",
         "" if row.ratio is None else f"{row.ratio:.2f}x",
-        "" if row.twin_ratio is None else f"{row.twin_ratio:.2f}x the time",
+        "" if row.twin_ratio is None else f"{row.twin_ratio:.2f}x",
         f"{2e-12 * (row.linear_multiply_adds + row.attention_multiply_adds):.3g}",
         f"{row.share:.0%}",
-        f"{row.memory_mb:.0f} MiB",
+        f"{row.memory_mb:.0f}",
         "" if row.cost_error is None else f"{row.cost_error:.1e}",
     ]
 
 
 def _attention_cells(row: "AttentionRow") -> list[str]:
     shape = f"{row.rows} x {row.heads} x {row.queries} x {row.keys}"
-    return [shape, *(f"{1e3 * t:.3g} ms" for t in (row.fused, row.products, row.blocked))]
+    return [shape, *(f"{1e3 * t:.3g}" for t in (row.fused, row.products, row.blocked))]
 
 
 def print_methods_bench(rows: Iterable["MethodRow"]) -> None:

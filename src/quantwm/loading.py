@@ -75,5 +75,5 @@ def _load_quantized(folder: Path) -> DINOWM:
             f"{folder} holds a quantized model of a class that is not quantwm's; "
             "use quantwm.quant.artifact.load_quantized with a model of that class"
         )
-    skeleton = DINOWM(DINOWMConfig.from_dict(metadata["config"])).eval()
-    return artifact.load_quantized(folder, skeleton)
+    config = DINOWMConfig.from_dict(metadata["config"])
+    return artifact.load_quantized(folder, checkpoint.skeleton(config))

@@ -1,5 +1,6 @@
 """What the machine can do: matrix rates, and which attention kernel is the fastest on it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -52,10 +53,25 @@ class MatrixRates:
         return {dtype_name(dtype): self[dtype] for dtype in self._operands}
 
 
-def describe_machine(device: torch.device, rates: MatrixRates) -> dict[str, Any]:
-    """Versions, processor, threads, matrix rates and this process's peak memory."""
+def load_average() -> float | None:
+    """Processes that ran or waited over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def describe_machine(
+    device: torch.device, rates: MatrixRates, load: float | None = None
+) -> dict[str, Any]:
+    """Versions, processor, threads, matrix rates and this process's peak memory.
+
+    Args:
+        load: `load_average` before anything was measured.
+    """
     return {
         **environment(device.type),
+        "load_average_before": load,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "matrix_flops_per_second": rates.to_dict(),

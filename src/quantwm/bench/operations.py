@@ -105,6 +105,8 @@ def planned_operations(
 ) -> Operations:
     """What quantwm computes: an encoding an episode, and of each window what is new.
 
+    The copies that fill up an episode's last chunk of candidates are computed, but not counted.
+
     Arguments as in `literal_operations`.
     """
     one = _action_embedding(config) * horizon

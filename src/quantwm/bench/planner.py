@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantwm.bench.machine import AttentionRow, MatrixRates, attention_rows, describe_machine
+from quantwm.bench.machine import (
+    AttentionRow,
+    MatrixRates,
+    attention_rows,
+    describe_machine,
+    load_average,
+)
 from quantwm.bench.operations import Operations
 from quantwm.bench.subjects import SCALES, Subject, subject_of
 from quantwm.bench.variants import (
@@ -161,6 +167,7 @@ def measure(
     _check_rounds(rounds)
     if not subjects or not variants:
         raise UsageError("nothing to measure: give at least one scale and one variant")
+    load = load_average()
     dtypes = {variant.dtype for variant in variants}
     rates, done = MatrixRates(device, dtypes), 0
     total = len(subjects) * len(variants) * (rounds + 1)
@@ -194,7 +201,7 @@ def measure(
         for subject, own in zip(subjects, timings, strict=True)
         for one in own
     ]
-    return PlannerReport(describe_machine(device, rates), rows, attention)
+    return PlannerReport(describe_machine(device, rates, load), rows, attention)
 
 
 def _row(

@@ -60,6 +60,12 @@ def new_world_model(config: DINOWMConfig) -> DINOWM:
     return world_model.eval()
 
 
+def skeleton(config: DINOWMConfig) -> DINOWM:
+    """A model without weights, for tensors to be put in: no memory, no random numbers."""
+    with torch.device("meta"):
+        return DINOWM(config).eval()
+
+
 def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = False) -> None:
     """Write a float model; an interruption leaves nothing half-written.
 
@@ -99,7 +105,7 @@ def load_world_model(folder: str | Path) -> DINOWM:
         CorruptFileError: a file is damaged or does not fit the configuration.
     """
     tensors, metadata = storage.read_folder(folder, FORMAT, FORMAT_VERSION)
-    world_model = DINOWM(DINOWMConfig.from_dict(metadata["config"]))
+    world_model = skeleton(DINOWMConfig.from_dict(metadata["config"]))
     state = storage.restore(tensors, metadata["dtypes"])
     if metadata["encoder"] is not None:
         state |= {f"encoder.{name}": value for name, value in bundled_encoder_state().items()}

@@ -84,11 +84,12 @@ class Attention(nn.Module):
 
     def _older_and_newest(self, x: Tensor, size: int) -> list[Tensor]:
         """Queries of the newest frame, keys and values of all."""
-        q, *newest = self._heads(self.qkv(x[:, -size:]))
+        # A linear reads a strided part as a batch of products, half as fast as one of packed rows.
+        q, *newest = self._heads(self.qkv(x[:, -size:].contiguous()))
         if x.shape[1] == size:
             return [q, *newest]
         inner = self.heads * self.head_dim
-        older = self._heads(self.qkv(x[:, :-size], outputs=slice(inner, None)))
+        older = self._heads(self.qkv(x[:, :-size].contiguous(), outputs=slice(inner, None)))
         return [q, *(torch.cat(pair, dim=2) for pair in zip(older, newest, strict=True))]
 
     def _heads(self, projected: Tensor) -> list[Tensor]:
