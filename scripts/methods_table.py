@@ -34,7 +34,8 @@ def main() -> None:
         print("| method | " + " | ".join(f"`{scheme}`" for scheme in kind) + " |")
         print("| --- |" + " --- |" * len(kind))
         for method in methods:
-            found = [arms.get(scheme if method == "rtn" else f"{scheme}@{method}") for scheme in kind]
+            suffix = "" if method == "rtn" else f"@{method}"
+            found = [arms.get(scheme + suffix) for scheme in kind]
             if any(found):
                 cells = [cell(rows, reference) if rows else "–" for rows in found]
                 print(f"| `{method}` | " + " | ".join(cells) + " |")

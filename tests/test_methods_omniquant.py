@@ -9,6 +9,7 @@ from foreign import PointWorld
 from quant_support import TinyWorldModel, assert_unchanged, observations, snapshot
 from quantwm.errors import PlanError, UsageError
 from quantwm.methods import get_method, omniquant, quantize, resolve_plan
+from quantwm.methods.bias_correction import BiasCorrection
 from quantwm.methods.learned_block import LearnedBlock
 from quantwm.methods.omniquant import OmniQuant
 from quantwm.methods.work import Work
@@ -289,6 +290,21 @@ def test_layers_that_are_their_own_block_are_learned():
     assert list(learned_of(small)) == ["look", "move"]
     assert isinstance(small.look, QuantLinear)
     assert isinstance(small.move, QuantLinear)
+
+
+def test_what_corrects_layers_gets_float_ones_with_the_transform_folded_in(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(BiasCorrection, "correct", lambda self, work, floats: seen.update(floats))
+    model = small_model()
+    wanted = QuantPlan({"*.blocks.1.*": "w4"}, "omniquant+bias_correction", options=FAST)
+    small = quantize(model, wanted, SmallReplayData(model))
+    x = torch.randn(3, 4, model.predictor.width, generator=torch.Generator().manual_seed(0))
+    before, after = model.predictor.blocks[1], small.predictor.blocks[1]
+    with torch.no_grad():
+        given = after.norm1(x)
+        folded = seen["predictor.blocks.1.attn.qkv"](given)
+        torch.testing.assert_close(folded, before.attn.qkv(before.norm1(x)), rtol=1e-4, atol=1e-4)
+    assert relative(given, before.norm1(x)) > 0.1
 
 
 def test_too_few_samples_are_refused():

@@ -1,6 +1,6 @@
 """Rotation: outputs stay, outliers go, and what was folded in survives saving."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,160 +19,20 @@ from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, Predicto
 from quantwm.planning.objective import Objective
 from quantwm.planning.rollout import Rollouts
 from quantwm.protocols import HasResidualStreams, WorldModel
-from quantwm.quant import QuantPlan, load_quantized, quantization_of, rotation, save_quantized
+from quantwm.quant import QuantPlan, load_quantized, quantization_of, save_quantized
 from quantwm.quant.fold import scale_inputs
 from quantwm.quant.hadamard import Hadamard, random_orthogonal
 from quantwm.quant.structure import added_multiply_adds
-
-FOLD = 2e-6
-"""Relative error of folding float32 weights."""
-
-
-def plan(layers="w4a4-token", **options):
-    layers = {"*": layers} if isinstance(layers, str) else layers
-    return QuantPlan(layers, "rotation", options=options)
-
-
-def actions(batch=2, candidates=3, horizon=5):
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(batch, candidates, horizon, 10, generator=generator)
-
-
-@torch.inference_mode()
-def outputs(model, frames=1):
-    """Encoder features, predictions of a whole window, and rollouts."""
-    latent = model.encode(observation(frames=frames))
-    rolled = model.rollout(latent, actions())
-    generator = torch.Generator().manual_seed(3)
-    c = model.config
-    window = torch.randn(2, c.num_hist, c.frame_tokens, c.token_width, generator=generator).to(
-        model.dtype
-    )
-    found = {"features": latent["visual"], "predicted": model.predict(window)}
-    return found | {f"rollout {name}": part for name, part in rolled.items()}
-
-
-def assert_same_outputs(model, other, tolerance=FOLD, frames=1):
-    expected, found = outputs(model, frames), outputs(other, frames)
-    for name, value in expected.items():
-        assert relative(found[name], value) < tolerance, name
-
-
-@dataclass
-class Frames:
-    """Calibration data of a tiny DINO-WM."""
-
-    model_hash: str
-
-    def __len__(self):
-        return 6
-
-    def encode(self, world_model):
-        with torch.no_grad():
-            return world_model.encode(observation(seed=5))
-
-    def roll_out(self, world_model, latents):
-        with torch.no_grad():
-            world_model.rollout(latents, actions())
-
-
-def inputs_of(model, name):
-    """All that a module reads while frames are encoded and rolled out."""
-    seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    outputs(model)
-    handle.remove()
-    return torch.cat([x.flatten(0, -2) for x in seen])
-
-
-# Matrices
-
-
-@pytest.mark.parametrize("order", [384, 404, 1024, 1536, 2048, 7])
-def test_random_matrices_are_orthogonal_and_mix_every_channel(order):
-    generator = torch.Generator().manual_seed(1)
-    matrix = random_orthogonal(order, generator).float()
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(order), rtol=0, atol=1e-5)
-    # No channel keeps even a third of itself once there are many.
-    assert order < 300 or matrix.abs().max() < 0.3
-
-
-@pytest.mark.parametrize("width", [32, 96, 512, 1024, 1536, 2048])
-def test_the_hadamard_product_is_orthogonal_and_spreads_an_outlier_and_a_constant(width):
-    hadamard = Hadamard(width)
-    matrix = hadamard(torch.eye(width)).T
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width), rtol=0, atol=1e-5)
-    torch.testing.assert_close(matrix, hadamard.matrix().float())
-    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, width**-0.5))
-    constant = hadamard(torch.ones(width))
-    assert constant.abs().max() <= 2 + 1e-4
-    assert constant.square().mean() == pytest.approx(1, rel=1e-4)
-
-
-# Steps
-
-
-def rotate(model, stream):
-    rotation.rotate_stream(model, stream, random_orthogonal(stream.width, keyed_generator(0, "a")))
-
-
-STEPS = (rotation.absorb_layer_scales, rotation.absorb_norms, rotation.remove_mean, rotate)
-
-
-@pytest.mark.parametrize("count", range(len(STEPS) + 1))
-@pytest.mark.parametrize("part", [0, 1], ids=["encoder", "predictor"])
-def test_every_step_leaves_the_outputs_alone(count, part):
-    expected, model = tiny_model(), tiny_model()
-    stream = rotation.open_boundaries(model, model.residual_streams()[part])
-    for step in STEPS[:count]:
-        before = snapshot(model)
-        step(model, stream)
-        # The predictor has no LayerScale; every other step changes weights.
-        unchanged = before.keys() == model.state_dict().keys() and all(
-            torch.equal(value, before[name]) for name, value in model.state_dict().items()
-        )
-        assert unchanged == (step is rotation.absorb_layer_scales and part == 1)
-    assert_same_outputs(expected, model)
-
-
-def test_normalisations_lose_their_factors_to_what_reads_them():
-    model = tiny_model()
-    for stream in model.residual_streams():
-        complete = rotation.open_boundaries(model, stream)
-        for step in STEPS[:3]:
-            step(model, complete)
-    norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm)]
-    assert len(norms) == 2 * 2 * 2 + 2
-    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in norms)
-    assert not any(isinstance(m, nn.LayerNorm) for m in model.modules())
-    assert not any("gamma" in name for name, _ in model.named_parameters())
-    assert model.predictor.blocks[0].attn.qkv.bias is not None
-    # The encoder's epsilon is not the predictor's.
-    assert {norm.eps for norm in norms} == {1e-6, 1e-5}
-    assert model.predictor.norm[0].eps == 1e-5
-    for name in ("blocks.1.norm1", "blocks.1.norm2", "norm.0"):
-        assert inputs_of(model, f"encoder.{name}").mean(-1).abs().max() < 1e-6
-
-
-def test_values_alone_and_hidden_alone_leave_the_outputs_alone():
-    expected, model = tiny_model(), tiny_model()
-    for stream in model.residual_streams():
-        for path in stream.values:
-            generator = keyed_generator(1, path.qkv)
-            heads = [random_orthogonal(path.head_dim, generator) for _ in range(path.heads)]
-            before = model.get_submodule(path.qkv).weight.clone()
-            rotation.rotate_values(model, path, torch.stack(heads))
-            after = model.get_submodule(path.qkv).weight
-            inner = path.heads * path.head_dim
-            assert torch.equal(after[: 2 * inner], before[: 2 * inner])
-            assert not torch.isclose(after[2 * inner :], before[2 * inner :]).any(1).all()
-    assert_same_outputs(expected, model)
-    for stream in model.residual_streams():
-        for tap, layer in stream.hidden.items():
-            rotation.rotate_hidden(model, tap, layer)
-    assert_same_outputs(expected, model)
-    assert isinstance(model.encoder.blocks[0].mlp.hidden, Hadamard)
-
+from rotation_support import (
+    FOLD,
+    Frames,
+    actions,
+    assert_same_outputs,
+    inputs_of,
+    outputs,
+    plan,
+    rolled,
+)
 
 # The method
 
@@ -347,11 +207,6 @@ def test_reloading_is_bit_identical(tmp_path, layers, dtype, meta):
     assert all(torch.equal(again[n], v) for n, v in rolled(small.to(torch.bfloat16)).items())
 
 
-@torch.inference_mode()
-def rolled(model):
-    return model.rollout(model.encode(observation()), actions())
-
-
 def test_in_place_gives_the_same_model(tmp_path):
     model, twin = tiny_model(), tiny_model()
     small = quantize(model, plan(), inplace=True)
@@ -442,9 +297,12 @@ def test_a_width_without_a_hadamard_matrix_is_refused_until_told_to_leave_it():
             {"writers": {"predictor.blocks.0.mlp.fc1": None}},
             r"outputs should be \(44,\), got \(32,\)",
         ),
-        ({"readers": {"predictor.blocks.0.attn.qkv": ()}}, r"must be a LayerNorm .* a Projection"),
+        (
+            {"readers": {"predictor.blocks.0.attn.qkv": ()}},
+            r"must be of type LayerNorm .* not Projection",
+        ),
         ({"embeddings": ("predictor.position",)}, r"predictor\.position should be a parameter"),
-        ({"entry": "predictor.norm"}, r"predictor\.norm must be a Identity|an Identity"),
+        ({"entry": "predictor.norm"}, r"predictor\.norm must be of type Identity to"),
     ],
     ids=["missing", "width", "norm", "embedding", "tap"],
 )
@@ -475,7 +333,7 @@ def test_layers_that_no_stream_holds_are_refused(monkeypatch):
 
 def test_a_rotated_model_is_not_rotated_again():
     twin = transformed(tiny_model(), plan())
-    with pytest.raises(PlanError, match="must be a LayerNorm to be rotated, not a RMSNorm"):
+    with pytest.raises(PlanError, match="must be of type LayerNorm to be rotated, not RMSNorm"):
         quantize(twin, plan())
 
 

@@ -81,14 +81,19 @@ class Subject:
         episodes, candidates, horizon, _ = self.actions.shape
         return episodes, candidates, horizon
 
-    def calibration(self, samples: int = _CALIBRATION_SAMPLES) -> Calibration:
-        """Some of the candidates, from the first episode's frame: a few give input ranges.
+    def calibration(self, samples: int | None = None) -> Calibration:
+        """Some of the candidates, from the first episode's frame.
+
+        Args:
+            samples: how many; by default a few, which is enough for input ranges.
 
         Raises:
             UsageError: more than there are.
         """
-        if not 1 <= samples <= self.actions.shape[1]:
-            raise UsageError(f"samples must be 1 to {self.actions.shape[1]}, got {samples}")
+        available = self.actions.shape[1]
+        samples = min(_CALIBRATION_SAMPLES, available) if samples is None else samples
+        if not 1 <= samples <= available:
+            raise UsageError(f"samples must be 1 to {available}, got {samples}")
         seen = self.actions[0, :samples].numpy()
         return Calibration(
             np.concatenate([self.observation["visual"][:1, 0], self.goal["visual"][:1, 0]]),

@@ -37,10 +37,12 @@ class GPTQ:
     arXiv 2210.17323, algorithm 1. A layer's X is what it reads in the model whose earlier blocks
     are quantized already, weights and activations; where its own input is to be rounded as well,
     X is that input before rounding, as in the paper. All of a block's layers are observed at
-    once, before any of them is rounded. Columns are rounded with the ranges that
-    the method's clipping part chose, one a row and group of the weight as it stands ("static
-    groups"), so act-order and groups go together and codes stay aligned with rows. An input
-    channel that is always zero says nothing: its column is rounded to nearest.
+    once, before any of them is rounded.
+
+    Columns are rounded with the ranges that the method's clipping part chose, one a row and group
+    of the weight as it stands ("static groups"), so act-order and groups go together and codes
+    stay aligned with rows. An input channel that is always zero says nothing: its column is
+    rounded to nearest.
 
     Attention-matmul taps have no weights, and nothing happens to them here.
 
@@ -207,8 +209,7 @@ def rounded_columns(
         output error under the damped Hessian, float64 without dimensions.
     """
     rows = weight.double().T[order].contiguous()
-    codes = torch.empty(rows.shape, dtype=code_dtype(symmetric=scheme.symmetric))
-    codes = codes.to(weight.device)
+    codes = torch.empty_like(rows, dtype=code_dtype(symmetric=scheme.symmetric))
     size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else len(order)
     group = [index // size for index in order.tolist()]
     scales = scale.T.contiguous()

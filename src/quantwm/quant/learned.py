@@ -6,6 +6,7 @@ gradients through: rounding counts as the identity (arXiv 1308.3432), and what l
 grid's end moves with that end, as in LSQ+ (arXiv 2004.09576).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from quantwm.quant.scheme import ActivationScheme, LayerScheme, WeightScheme
 
 INITIAL_LOGIT = 4.0
 """Of the share of a range that is kept: sigmoid(4) = 0.98, as in OmniQuant."""
+_LARGEST_LOG = math.log(1e5)
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -122,8 +124,8 @@ class LearnedScaling(nn.Module):
         self.register_buffer("reach", reach)
 
     def scale(self) -> Tensor:
-        """(width,), positive."""
-        return self.log_scale.exp()
+        """(width,), from 1e-5 to 1e5, so that folding it does not cost digits."""
+        return self.log_scale.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
 
     def shift(self) -> Tensor | None:
         """(width,), or None."""

@@ -180,7 +180,7 @@ def _misfit(
         return
     if not isinstance(module, types):
         known = " or ".join(one.__name__ for one in types)
-        yield f"{name} must be a {known} to be rotated, not a {type(module).__name__}"
+        yield f"{name} must be of type {known} to be rotated, not {type(module).__name__}"
         return
     shapes = [tuple(parameter.shape) for parameter in module.parameters()]
     if what == "parameter":
