@@ -5,7 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import quantwm as qwm
 from quantwm.cli import app
+from quantwm.study.rows import read_parquet
 
 SMALL = [
     "episodes=2",
@@ -143,3 +145,48 @@ def test_info_without_arguments_tells_what_there_is():
     assert "wall" in facts["world models"]
     assert "rtn" in facts["methods"]
     assert "quick" in facts["presets"]
+
+
+def test_an_interrupted_quantization_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantwm.methods.rtn.RTN.codes", interrupted)
+    result = run("quantize", "wall", "--plan", "w4", "--out", tmp_path / "small")
+    assert result.exit_code not in (0, 2)
+    assert "Nothing was written" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_methods_options_are_read_and_checked(tmp_path):
+    bad = run(
+        "quantize", "wall", "--plan", "w4", "--method", "omse", "--option", "ratio=3",
+        "--out", tmp_path / "small",
+    )  # fmt: skip
+    assert bad.exit_code == 2
+    assert "did you mean 'ratios'" in bad.output.replace("\n", " ")
+    arguments = ("--method", "omse", "--option", "omse.ratios=3", "--json")
+    good = run("quantize", "wall", "--plan", "predictor.*=w4", *arguments, "--out", tmp_path / "o")
+    assert good.exit_code == 0, good.output
+    described = run("info", tmp_path / "o", "--json")
+    assert json.loads(described.output)["method"] == "omse"
+
+
+def test_a_saved_model_is_an_arm_and_plans_as_when_it_was_made(tmp_path):
+    small, out = tmp_path / "small", tmp_path / "study"
+    assert run("quantize", "wall", "--plan", "w3", "--out", small).exit_code == 0
+    arms = f"arms=float,w3,mine=folder:{small}"
+    result = run("study", "wall", arms, *SMALL, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read_parquet(out / "episodes.parquet")
+    made, saved = ([row for row in rows if row["arm"] == arm] for arm in ("w3", "mine"))
+    assert len(saved) == 2
+    for one, other in zip(made, saved, strict=True):
+        assert one["cost_by_iteration"] == other["cost_by_iteration"]
+        assert one["states"] == other["states"]
+        assert one["cell"] != other["cell"]
+    other = tmp_path / "float"
+    qwm.save(qwm.load("wall"), other)
+    refused = run("study", "wall", f"arms=float,mine=folder:{other}", *SMALL, "--out", out)
+    assert refused.exit_code == 2
+    assert "holds a float model" in refused.output.replace("\n", " ")

@@ -24,7 +24,7 @@ from quantwm.quant import (
 )
 from quantwm.quant.apply import copy_sharing_tensors
 from quantwm.quant.block_inputs import block_calls
-from quantwm.quant.observers import MinMax
+from quantwm.quant.observers import MinMax, Replay
 
 FAST = {"epochs": 4, "lr_clip": 0.1, "lr_transform": 0.02, "batch_rows": 10, "tokens": 400}
 BLOCKS = [f"{part}.blocks.{number}" for part in ("encoder", "predictor") for number in range(2)]
@@ -133,27 +133,27 @@ SCHEMES = [
 @pytest.mark.parametrize("block", ["encoder.blocks.0", "predictor.blocks.1"])
 def test_the_quantized_block_is_what_was_trained(block, scheme):
     work = work_of(small_model(num_hist=3), scheme)
-    calls = block_calls(work.replay, block, 10**6)
+    calls = block_calls(work.replay, [block], 10**6)[block]
     learned = LearnedBlock(work, block, calls, MinMax)
     perturbed(learned)
-    examples = learned.examples(calls)
+    targets = learned.float_outputs()
     expected = [call.run(learned.module).detach() for call in calls]
     learned.quantize()
     module = work.world_model.get_submodule(block)
     assert isinstance(module.attn.qkv, QuantLinear)
-    for call, wanted, example in zip(calls, expected, examples, strict=True):
+    for call, wanted, target in zip(calls, expected, targets, strict=True):
         apart = (call.run(module) - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
         # Folding rounds in another order; in a few rows that tips a value between two codes.
         assert apart.median() < 1e-5
         assert apart.max() < 0.02
-        assert relative(wanted, example.target) > 1e-3
+        assert relative(wanted, target) > 1e-3
 
 
 @pytest.mark.parametrize("block", ["encoder.patch_embed", "encoder.blocks.1", "predictor.blocks.0"])
 def test_taps_and_the_patch_embedding_are_rounded_in_training_as_afterwards(block):
     layers = {"*": "w4a4", "*_input": "a4-dynamic", "*.[kv]_input": "a4"}
     work = work_of(small_model(), layers, ("attention_matmul", "patch_embedding"))
-    calls = block_calls(work.replay, block, 10**6)
+    calls = block_calls(work.replay, [block], 10**6)[block]
     learned = LearnedBlock(work, block, calls, MinMax)
     perturbed(learned)
     expected = [call.run(learned.module).detach() for call in calls]
@@ -169,7 +169,7 @@ def test_taps_and_the_patch_embedding_are_rounded_in_training_as_afterwards(bloc
 def test_before_training_factors_are_smoothquants_and_ranges_nearly_whole():
     work = work_of(small_model(), {"*.qkv": "w4a4", "*.fc1": "w4"})
     block = "predictor.blocks.0"
-    calls = block_calls(work.replay, block, 10**6)
+    calls = block_calls(work.replay, [block], 10**6)[block]
     learned = LearnedBlock(work, block, calls, MinMax)
     module = work.world_model.get_submodule(block)
     x = torch.cat([module.norm1(call.arguments[0]).flatten(0, 1) for call in calls]).detach()
@@ -186,10 +186,11 @@ def test_before_training_factors_are_smoothquants_and_ranges_nearly_whole():
 def test_blocks_are_learned_from_what_quantized_blocks_before_them_give(monkeypatch):
     seen = {}
 
-    def spy(replay, block, tokens):
-        calls = block_calls(replay, block, tokens)
-        seen[block] = torch.cat([call.arguments[0] for call in calls])
-        return calls
+    def spy(replay, blocks, tokens):
+        found = block_calls(replay, blocks, tokens)
+        for block in blocks:
+            seen[block] = torch.cat([call.arguments[0] for call in found[block]])
+        return found
 
     monkeypatch.setattr(omniquant, "block_calls", spy)
     model = small_model(num_hist=1)
@@ -215,6 +216,31 @@ def test_blocks_are_learned_from_what_quantized_blocks_before_them_give(monkeypa
     wanted = visual + model.predictor.pos_embedding[:, : visual.shape[1], : visual.shape[-1]]
     close = (first[:, None] - wanted[None]).flatten(2).norm(dim=2).amin(0)
     assert close.max() < 1e-4
+
+
+@pytest.mark.parametrize("target", ["float_path", "same_inputs"])
+def test_targets_are_those_of_the_float_path_where_nothing_is_rolled_out(monkeypatch, target):
+    seen, split = {}, omniquant._examples
+
+    def spy(calls, targets, block):
+        seen[block] = calls, torch.cat(targets)
+        return split(calls, targets, block)
+
+    monkeypatch.setattr(omniquant, "_examples", spy)
+    model = small_model(num_hist=1)
+    quantize(model, plan("w3", epochs=1, target=target), SmallReplayData(model))
+    float_path = {}
+    for block in BLOCKS[:2]:
+        module = model.get_submodule(block)
+        (call,) = block_calls(Replay(model, SmallReplayData(model)), [block], 10**6)[block]
+        float_path[block] = call.run(module).detach()
+    for block, (calls, targets) in seen.items():
+        with torch.no_grad():
+            same_inputs = torch.cat([call.run(model.get_submodule(block)) for call in calls])
+        expected = float_path.get(block, same_inputs) if target == "float_path" else same_inputs
+        torch.testing.assert_close(targets, expected)
+        if block == "encoder.blocks.1":
+            assert relative(float_path[block], same_inputs) > 0.01
 
 
 def test_the_result_depends_on_nothing_but_its_arguments():
@@ -370,10 +396,11 @@ def test_a_normalisation_outside_the_block_takes_nothing_in():
         ("tokens", 2.5, "integer of at least 1, got 2.5"),
         ("lr_clip", 0, "between 0 and 1, got 0"),
         ("lr_transform", "high", "between 0 and 1, got 'high'"),
+        ("target", "float_pth", "did you mean 'float_path'"),
     ],
 )
 def test_options_out_of_range_are_refused(option, value, problem):
-    with pytest.raises(UsageError, match=f"omniquant: {option} is .*{problem}"):
+    with pytest.raises(UsageError, match=f"omniquant:? {option}.*{problem}"):
         get_method("omniquant", {option: value})
 
 

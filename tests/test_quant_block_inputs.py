@@ -12,14 +12,15 @@ from foreign import PointWorld
 from quant_support import TinyWorldModel, observations
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.models.attention import KeyValueCache
-from quantwm.quant.block_inputs import BlockInputs, block_calls, split_samples
+from quantwm.quant.block_inputs import BlockInputs, block_calls, held_out_rows
 from quantwm.quant.observers import Replay
 
 EVERYTHING = 10**9
 
 
 def calls_of(world_model, block, tokens=EVERYTHING, data=None):
-    return block_calls(Replay(world_model, data or SmallReplayData(world_model)), block, tokens)
+    replay = Replay(world_model, data or SmallReplayData(world_model))
+    return block_calls(replay, [block], tokens)[block]
 
 
 @contextmanager
@@ -97,17 +98,26 @@ def test_rows_belong_to_the_sample_they_were_computed_for():
         assert torch.equal(rows, rows[:1].expand_as(rows))
 
 
-def test_no_sample_is_trained_on_and_held_out():
+def test_a_fifth_of_the_samples_is_held_out_with_all_their_rows():
     calls = calls_of(small_model(num_hist=3), "predictor.blocks.0")
-    training, held_out = split_samples(calls, "predictor.blocks.0")
-    ours, theirs = (
-        set(torch.cat([call.samples for call in part]).tolist()) for part in (training, held_out)
-    )
+    masks = held_out_rows(calls, "predictor.blocks.0")
+    samples, held_out = torch.cat([call.samples for call in calls]), torch.cat(masks)
+    ours, theirs = set(samples[~held_out].tolist()), set(samples[held_out].tolist())
     assert not ours & theirs
     assert len(theirs) == round(0.2 * len(ours | theirs))
-    assert sum(map(len, training)) + sum(map(len, held_out)) == sum(map(len, calls))
-    again = split_samples(calls, "predictor.blocks.0")[1]
-    assert [call.samples.tolist() for call in again] == [c.samples.tolist() for c in held_out]
+    again = held_out_rows(calls, "predictor.blocks.0")
+    assert torch.equal(torch.cat(again), held_out)
+    assert not torch.equal(torch.cat(held_out_rows(calls, "predictor.blocks.1")), held_out)
+
+
+def test_the_same_rows_are_kept_whatever_the_model_computes():
+    model, other = small_model(num_hist=3), small_model(seed=1, num_hist=3)
+    data = SmallReplayData(model)
+    for block in ("encoder.blocks.1", "predictor.blocks.0"):
+        kept = calls_of(model, block, 40, data)
+        theirs = block_calls(Replay(other, data), ["encoder.blocks.0", block], 40)[block]
+        assert [call.samples.tolist() for call in kept] == [c.samples.tolist() for c in theirs]
+        assert sum(map(len, kept)) < sum(map(len, calls_of(model, block, data=data)))
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 200])
@@ -158,11 +168,11 @@ def test_each_part_of_a_replay_is_run_only_where_it_shows_the_block():
     data = SmallReplayData(model)
     replay = Replay(model, data)
     for block in ("encoder.blocks.0", "encoder.blocks.1", "predictor.blocks.0"):
-        block_calls(replay, block, 100)
+        block_calls(replay, [block], 100)
         replay.changed([f"{block}.attn.qkv"])
     # The first replay finds out who runs where; the encoder's change makes frames stale.
     assert (data.encoded, data.rolled_out) == (3, 2)
-    block_calls(replay, "predictor.blocks.1", 100)
+    block_calls(replay, ["predictor.blocks.1"], 100)
     assert (data.encoded, data.rolled_out) == (3, 3)
 
 
@@ -188,7 +198,7 @@ def test_too_few_samples_are_refused_with_both_numbers():
     data = SmallReplayData(world_model, observation=observations(4))
     calls = calls_of(world_model, "encoder.block", data=data)
     with pytest.raises(UsageError, match=r"too few .* encoder\.block inputs from 4 .* at least 5"):
-        split_samples(calls, "encoder.block")
+        held_out_rows(calls, "encoder.block")
 
 
 def test_what_cannot_be_repeated_is_refused():

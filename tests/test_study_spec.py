@@ -28,6 +28,19 @@ def test_arm_short_forms():
     assert Arm.parse("w3@gptq").name == "w3@gptq"
 
 
+def test_a_saved_model_as_an_arm():
+    arm = Arm.parse("mine=folder:results/small")
+    assert (arm.name, arm.kind, arm.plan, arm.folder) == (
+        "mine",
+        "quantized",
+        None,
+        "results/small",
+    )
+    assert Arm.from_value(arm.to_dict()) == arm
+    with pytest.raises(UsageError, match="leave out plan"):
+        Arm.from_value({"name": "mine", "folder": "small", "plan": "w4"})
+
+
 def test_arms_resolve_to_the_layers_of_their_side():
     arms = parse_arms("float,w8,encoder:w3,predictor:w2")
     resolved = resolve_arms(arms, PointModel())

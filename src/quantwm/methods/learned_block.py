@@ -29,13 +29,13 @@ _ALPHA = 0.5
 
 @dataclass(frozen=True)
 class Example:
-    """Rows of a block's input, and what the float block makes of them, float32 (rows, ...)."""
+    """Rows of a block's input, and what is to come of them, float32 (rows, ...)."""
 
     call: BlockCall
     target: Tensor
 
     def rows(self, index: Tensor) -> "Example":
-        """Some of them."""
+        """Some of them; `index` as in `BlockCall.rows`."""
         return Example(self.call.rows(index), self.target[index.to(self.target.device)])
 
 
@@ -74,16 +74,16 @@ class LearnedBlock:
             if parameter.requires_grad and (not kinds or name.rpartition(".")[2] in kinds)
         ]
 
-    def examples(self, calls: Sequence[BlockCall]) -> list[Example]:
-        """Calls with the float block's outputs."""
-        return [Example(call, _output(self._float, call)) for call in calls]
+    def float_outputs(self) -> list[Tensor]:
+        """What the float block makes of each call, float32."""
+        return [block_output(self._float, call) for call in self._calls]
 
     @torch.no_grad()
     def error(self, examples: Sequence[Example]) -> float:
         """Relative L2 error of the block's output over examples, ‖ŷ - y‖ / ‖y‖."""
         error = norm = 0.0
         for example in examples:
-            apart = _output(self.module, example.call) - example.target
+            apart = block_output(self.module, example.call) - example.target
             error += float(apart.double().square().sum())
             norm += float(example.target.double().square().sum())
         return math.sqrt(error / max(norm, 1e-30))
@@ -97,7 +97,7 @@ class LearnedBlock:
         for name, one in static.items():
             one.observer = self._make_observer(name)
         for call in self._calls:
-            _output(self.module, call)
+            block_output(self.module, call)
         for one in static.values():
             assert one.observer is not None
             one.cover(one.observer.range())
@@ -136,7 +136,7 @@ class LearnedBlock:
         by_name = {within(group.layers[0], self.name): [one] for group, one in observers.items()}
         with torch.no_grad(), watching(cast(WorldModel, self._float), by_name):
             for call in self._calls if groups else ():
-                _output(self._float, call)
+                block_output(self._float, call)
         scalings = {}
         for group, observer in observers.items():
             reach = observer.value()
@@ -231,7 +231,7 @@ def _copy(work: Work, block: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _output(block: nn.Module, call: BlockCall) -> Tensor:
+def block_output(block: nn.Module, call: BlockCall) -> Tensor:
     """What a block makes of a call, float32, a few rows at a time."""
     rows = torch.split(torch.arange(len(call)), max(1, _TOKENS_AT_ONCE // call.tokens))
     return torch.cat([call.rows(part).run(block).float() for part in rows])

@@ -6,17 +6,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from quantwm.errors import UsageError
-from quantwm.methods.learned_block import Example, LearnedBlock, can_scale, holds
+from quantwm.errors import UsageError, unknown_name
+from quantwm.methods.learned_block import (
+    Example,
+    LearnedBlock,
+    block_output,
+    can_scale,
+    holds,
+)
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
-from quantwm.quant.block_inputs import BlockCall, block_calls, keyed_generator, split_samples
+from quantwm.quant.block_inputs import BlockCall, block_calls, held_out_rows, keyed_generator
 from quantwm.quant.observers import RangeObserver
 from quantwm.quant.scheme import LayerScheme
 
 logger = logging.getLogger(__name__)
+
+FLOAT_PATH, SAME_INPUTS = "float_path", "same_inputs"
 
 
 @register
@@ -24,11 +33,12 @@ logger = logging.getLogger(__name__)
 class OmniQuant:
     """OmniQuant: learnable weight clipping and learnable equivalent transformation.
 
-    Each block is trained, in forward order, to give what the float block gives for the same
-    inputs: those that it gets once all blocks before it are quantized. (The paper's first target
-    is the float block's output for the inputs of the float path. In a rollout the model reads its
-    own predictions, so after a few steps the two paths hold different states, and that target
-    asks for what the inputs do not say; the one used here is the paper's second.)
+    Blocks are trained in forward order, on the inputs that they get once all blocks before them
+    are quantized. Of the paper's two targets, a block that only encodes observations gets the
+    first: what it gives in the float model for the same observations, so that it also makes up
+    for errors made before it. A block that rollouts run gets the second: what the float block
+    gives for the same inputs. For a rollout reads its own predictions, so after a few steps the
+    float path holds other states, and its outputs ask for what the inputs do not say.
 
     Learned are the range of every weight scale, as a share of what the weights span, and, where a
     normalisation within the block feeds linears, a factor and (if the normalisation has a bias) a
@@ -51,6 +61,7 @@ class OmniQuant:
             magnitude.
         patience: epochs without progress on the held-out rows after which training ends.
         tokens: of a block's input to keep, over all rows; bounds memory and time.
+        target: "float_path" as above, or "same_inputs": all blocks get the second target.
 
     Raises:
         UsageError: an option out of range.
@@ -65,6 +76,7 @@ class OmniQuant:
     lr_transform: float = 0.02
     patience: int = 5
     tokens: int = 8192
+    target: str = FLOAT_PATH
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_rows", "patience", "tokens"):
@@ -75,6 +87,8 @@ class OmniQuant:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
                 raise UsageError(f"omniquant: {name} is a number between 0 and 1, got {value!r}")
+        if self.target not in (FLOAT_PATH, SAME_INPUTS):
+            raise unknown_name("omniquant target", str(self.target), (FLOAT_PATH, SAME_INPUTS))
 
     def problems(
         self,
@@ -101,28 +115,48 @@ class OmniQuant:
     def learn(self, work: Work, block: str, make_observer: Callable[[str], RangeObserver]) -> None:
         """Quantize one block; errors before and after go to `work.report["omniquant"][block]`.
 
+        They are relative L2 errors of the block's output against its target.
+
         Raises:
             NonFiniteError: an input of the block holds NaN or infinite values.
             UsageError: too few calibration samples, or a block that cannot be repeated.
         """
-        calls = block_calls(work.replay, block, self.tokens)
         # Gradients are needed, whatever the caller has turned off.
         with torch.inference_mode(False), torch.enable_grad():
+            if self.name not in work.memory:
+                work.memory[self.name] = self._float_path(work)
+            calls = block_calls(work.replay, [block], self.tokens)[block]
             learned = LearnedBlock(work, block, calls, make_observer)
             if learned.parameters():
-                report = self._train(learned, *split_samples(calls, block))
+                targets = work.memory[self.name].pop(block, None) or learned.float_outputs()
+                report = self._train(learned, *_examples(calls, targets, block))
                 work.report.setdefault(self.name, {})[block] = report
             learned.quantize()
 
+    def _float_path(self, work: Work) -> dict[str, list[Tensor]]:
+        """What each block that only encodes makes of its calls in the float model."""
+        if self.target == SAME_INPUTS:
+            return {}
+        calls = block_calls(work.replay, list(work.blocks), self.tokens)
+        return {
+            block: [block_output(work.world_model.get_submodule(block), call) for call in several]
+            for block, several in calls.items()
+            if not work.replay.rolls_out(block)
+        }
+
     def _train(
-        self, learned: LearnedBlock, training: Sequence[BlockCall], held_out: Sequence[BlockCall]
+        self, learned: LearnedBlock, fitted: Sequence[Example], unseen: Sequence[Example]
     ) -> dict[str, float]:
         """Train a block and leave it in its best state.
+
+        Args:
+            learned: the block.
+            fitted: to train with.
+            unseen: held out.
 
         Returns:
             relative output errors before and after, on either part, and epochs run and kept.
         """
-        fitted, unseen = learned.examples(training), learned.examples(held_out)
         before = {
             "held_out_before": learned.error(unseen),
             "training_before": learned.error(fitted),
@@ -154,6 +188,17 @@ class OmniQuant:
         rates = ((clip, self.lr_clip), (transform, self.lr_transform))
         groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
         return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def _examples(
+    calls: Sequence[BlockCall], targets: Sequence[Tensor], block: str
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train with, and those held out."""
+    masks = held_out_rows(calls, block)
+    both = [Example(call, target) for call, target in zip(calls, targets, strict=True)]
+    fitted = [one.rows(~mask) for one, mask in zip(both, masks, strict=True) if not mask.all()]
+    unseen = [one.rows(mask) for one, mask in zip(both, masks, strict=True) if mask.any()]
+    return fitted, unseen
 
 
 def _batches(

@@ -171,33 +171,39 @@ class BlockInputs(Observer):
         return [_joined(kind) for kind in kinds]
 
 
-def block_calls(replay: Replay, block: str, tokens: int) -> list[BlockCall]:
-    """The calls of a block in one replay of the model as it is now.
+def block_calls(replay: Replay, blocks: Sequence[str], tokens: int) -> dict[str, list[BlockCall]]:
+    """The calls of blocks in one replay of the model as it is now.
 
     Args:
         replay: of the model.
-        block: dotted name.
-        tokens: to keep at most, see `BlockInputs`.
+        blocks: dotted names.
+        tokens: of each block's input to keep at most, see `BlockInputs`. Which rows are kept
+            depends on the block's name and on how often it is called, not on the model's state.
 
     Raises:
         NonFiniteError: an input holds NaN or infinite values.
         UsageError: a block that the replay never runs, or not with a tensor.
     """
-    inputs = BlockInputs(block, tokens)
+    inputs = {block: BlockInputs(block, tokens) for block in blocks}
+
+    def begin(samples: int) -> None:
+        for one in inputs.values():
+            one.begin(samples)
 
     @contextmanager
     def context(world_model: WorldModel) -> Iterator[WorldModel]:
         with _whole_windows(world_model):
-            yield cast(WorldModel, _Counting(world_model, inputs.begin))
+            yield cast(WorldModel, _Counting(world_model, begin))
 
-    replay.show({block: [inputs]}, context)
-    return inputs.value()
+    replay.show({block: [one] for block, one in inputs.items()}, context)
+    return {block: one.value() for block, one in inputs.items()}
 
 
-def split_samples(
-    calls: Sequence[BlockCall], block: str
-) -> tuple[list[BlockCall], list[BlockCall]]:
-    """Calls for training and calls held out; no calibration sample is in both.
+def held_out_rows(calls: Sequence[BlockCall], block: str) -> list[Tensor]:
+    """Which rows of each call nothing is to be fitted to: those of a fifth of the samples.
+
+    Returns:
+        bool (rows,) of each call.
 
     Raises:
         UsageError: fewer than `MIN_SAMPLES` calibration samples.
@@ -211,12 +217,7 @@ def split_samples(
         )
     shuffled = samples[torch.randperm(len(samples), generator=keyed_generator("split of", block))]
     chosen = shuffled[: max(1, round(HELD_OUT * len(samples)))]
-    parts = []
-    for wanted in (False, True):
-        masks = [torch.isin(call.samples, chosen) == wanted for call in calls]
-        kept = zip(calls, masks, strict=True)
-        parts.append([call.rows(mask) for call, mask in kept if mask.any()])
-    return parts[0], parts[1]
+    return [torch.isin(call.samples, chosen) for call in calls]
 
 
 def keyed_generator(*key: str) -> torch.Generator:

@@ -184,6 +184,10 @@ class Replay:
         if names & self._encoding or names - self._known:
             self._latents = None
 
+    def rolls_out(self, name: str) -> bool:
+        """Whether rolling out runs a layer or block that was shown."""
+        return _meet(name, self._rolling)
+
     def _declared(self) -> set[str]:
         """Layers that the model declares, but no taps: it may skip those while none is watched."""
         names = (name for group in self._model.quantizable_groups() for name in group.layers)

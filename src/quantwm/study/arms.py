@@ -15,7 +15,9 @@ SIDES = ("encoder", "predictor")
 EXAMPLES = ("w8", "w8a8", "w8a8-token", "w4", "w4g128", "w4a4", "w4a4-token", "w3", "w2")
 """Short names that an error lists; the grammar has more (`quantwm.quant.LayerScheme`)."""
 LONGER_EXAMPLES = ("encoder:w4", "predictor:w4", "w4@gptq")
-MAPPING_KEYS = ("name", "kind", "plan", "method", "include", "options")
+FOLDER = "folder:"
+"""Before the path of a saved quantized model, in an arm's short form."""
+MAPPING_KEYS = ("name", "kind", "plan", "method", "include", "options", "folder")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Arm:
         name: unique within a study; shown in tables and plots.
         kind: one of the oracles, "float" or "quantized".
         plan: how the float model is quantized; None unless `kind` is "quantized".
+        folder: of a quantized model that was saved; it takes the place of a plan.
     """
 
     name: str
     kind: ArmKind
     plan: QuantPlan | None = None
+    folder: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
@@ -39,7 +43,8 @@ class Arm:
         `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
         ("w4g128": every quantizable layer), or that of one side with the other left in float
         ("encoder:w3", "predictor:w3"); a quantization may name its method ("w4@gptq",
-        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise.
+        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "folder:PATH" is a quantized
+        model that `quantwm quantize` wrote, made from the study's float model.
 
         Raises:
             UsageError: not a known arm; suggests the nearest.
@@ -52,6 +57,8 @@ class Arm:
         for reference in REFERENCES:
             if what == reference:
                 return cls(name, reference)
+        if what.startswith(FOLDER):
+            return cls(name, "quantized", folder=what.removeprefix(FOLDER))
         quantization, at, method = what.partition("@")
         side, colon, scheme = quantization.rpartition(":")
         if colon and side not in SIDES:
@@ -89,6 +96,8 @@ class Arm:
             return cls._reference(name, kind, value)
         if kind != "quantized":
             raise unknown_name(f"kind of arm {name!r}:", str(kind), (*REFERENCES, "quantized"))
+        if "folder" in value:
+            return cls._saved(name, value)
         plan = value.get("plan")
         if not isinstance(plan, str | Mapping):
             raise UsageError(
@@ -107,14 +116,26 @@ class Arm:
         )
 
     @classmethod
-    def _reference(cls, name: str, kind: ArmKind, value: Mapping[str, Any]) -> "Arm":
+    def _saved(cls, name: str, value: Mapping[str, Any]) -> "Arm":
         surplus = [key for key in ("plan", "method", "include", "options") if key in value]
+        if surplus:
+            raise UsageError(
+                f"arm {name!r} is a saved model, which knows how it was quantized: leave out "
+                f"{', '.join(surplus)}"
+            )
+        return cls(name, "quantized", folder=str(value["folder"]))
+
+    @classmethod
+    def _reference(cls, name: str, kind: ArmKind, value: Mapping[str, Any]) -> "Arm":
+        surplus = [key for key in MAPPING_KEYS[2:] if key in value]
         if surplus:
             raise UsageError(f"arm {name!r} of kind {kind!r} takes no {', '.join(surplus)}")
         return cls(name, kind)
 
     def to_dict(self) -> dict[str, Any]:
         """The full form, which `from_value` reads."""
+        if self.folder is not None:
+            return {"name": self.name, "kind": self.kind, "folder": self.folder}
         if self.plan is None:
             return {"name": self.name, "kind": self.kind}
         plan = self.plan.to_dict()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from quantwm.loading import load
 from quantwm.methods import get_method
 from quantwm.planning.defaults import default_planner
 from quantwm.protocols import Planner, Task, WorldModel
-from quantwm.quant import LayerScheme, QuantPlan
+from quantwm.quant import LayerScheme, QuantPlan, quantization_of
 from quantwm.quant.apply import check_is_float
 from quantwm.study.arms import Arm, resolve_arms
 from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
@@ -100,7 +101,12 @@ def prepare(
     fingerprint = model_hash(world_model)
     shared = _shared(spec, fingerprint)
     calibration = calibration_id(vars(spec.calibration), shared)
-    cells = {arm.name: _cell(arm, resolved[arm.name], calibration, shared) for arm in spec.arms}
+    cells = {
+        arm.name: _cell(arm, resolved[arm.name], calibration, shared)
+        if arm.folder is None
+        else _saved_cell(arm, shared)
+        for arm in spec.arms
+    }
     return Prepared(spec, world_model, task, planner, fingerprint, device, cells, calibration)
 
 
@@ -256,6 +262,36 @@ def _cell(
         method=method.name,
         options=method.options(),
         calibration=calibration if needs_calibration(arm.plan, layers) else None,
+        **shared,
+    )
+
+
+def _saved_cell(arm: Arm, shared: Mapping[str, Any]) -> Cell:
+    """The cell of a quantized model that was saved: its own hash says what it is.
+
+    Raises:
+        UsageError: the folder holds no quantized model.
+        MismatchError: it was made from another float model than the study's.
+    """
+    assert arm.folder is not None
+    saved = load(Path(arm.folder))
+    record = quantization_of(saved)
+    if record is None:
+        raise UsageError(
+            f"arm {arm.name!r}: {arm.folder} holds a float model; a study's arms are quantized "
+            "from its own model, so give a folder that 'quantwm quantize' wrote"
+        )
+    if record.source_model_hash != shared["model"]:
+        raise MismatchError(
+            f"arm {arm.name!r}: {arm.folder} was made from model {record.source_model_hash[:12]}, "
+            f"the study's is {shared['model'][:12]}: quantize the study's model"
+        )
+    return Cell(
+        kind="quantized",
+        plan={name: str(scheme) for name, scheme in record.layers},
+        method=record.method,
+        options={"saved_model": model_hash(saved)},
+        calibration=None,
         **shared,
     )
 

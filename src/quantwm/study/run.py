@@ -14,6 +14,7 @@ from quantwm.calibration import Calibration, calibrate
 from quantwm.compute import NUMERICS_VERSION
 from quantwm.errors import CorruptFileError, GateError
 from quantwm.evaluation import ORACLES, Outcome, Progress, Row, evaluate, evaluate_oracle
+from quantwm.loading import load
 from quantwm.methods import quantize
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.quant.artifact import stored_bytes
@@ -195,9 +196,11 @@ class _Run:
         for oracle in ORACLES:
             if cell.kind == oracle:
                 return evaluate_oracle(oracle, world_model=model, **settings), None
-        plan = self._prepared.arm(name).plan
-        if cell.kind == "quantized" and plan is not None:
-            model = quantize(model, plan, calibration)
+        arm = self._prepared.arm(name)
+        if arm.folder is not None:
+            model = load(Path(arm.folder))
+        elif cell.kind == "quantized" and arm.plan is not None:
+            model = quantize(model, arm.plan, calibration)
         return evaluate(model, **settings), stored_bytes(model)
 
     def _calibrated(self) -> Calibration:
