@@ -236,24 +236,26 @@ def _attention_cells(row: "AttentionRow") -> list[str]:
 
 
 def print_methods_bench(rows: Iterable["MethodRow"]) -> None:
-    """Methods under plans: block and weight errors, time, memory."""
-    names = ("encoder", "predictor", "encoder W", "predictor W", "seconds", "peak")
-    columns = (Column(name, justify="right") for name in names)
-    table = Table("plan", Column("method", no_wrap=True), *columns, box=None)
+    """Methods under plans: relative L2 errors of blocks and weights, time, memory."""
+    errors = ("encoder\nblocks", "predictor\nblocks", "encoder\nweights", "predictor\nweights")
+    names = (*errors, "seconds", "peak\nMiB")
+    table = _columns("plan", "method", *(_right(name) for name in names))
+    refused: dict[str, list[str]] = {}
     for row in rows:
         if row.refused is not None:
-            table.add_row(row.plan, row.method, Text(f"refused: {row.refused}", style="dim"))
+            refused.setdefault(row.refused, []).append(f"{row.method} at {row.plan}")
             continue
-        errors = (row.encoder, row.predictor, row.encoder_weights, row.predictor_weights)
+        found = (row.encoder, row.predictor, row.encoder_weights, row.predictor_weights)
         table.add_row(
             row.plan,
             row.method,
-            *("" if error is None else f"{error:.4f}" for error in errors),
+            *("" if error is None else f"{error:.4f}" for error in found),
             f"{row.seconds:.1f}",
-            f"{row.peak_mb:.0f} MiB",
+            f"{row.peak_mb:.0f}",
         )
-    out.print(table)
-    out.print("errors are relative L2; W: of the weights", highlight=False)
+    _print_whole(table)
+    for reason, which in refused.items():
+        out.print(f"{', '.join(which)}: {reason}", markup=False, highlight=False)
 
 
 def print_json(value: Any) -> None:
