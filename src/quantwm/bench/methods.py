@@ -150,8 +150,8 @@ def weight_error(reference: DINOWM, quantized: DINOWM, part: str) -> float | Non
     error = norm = 0.0
     for name, layer in quantized.named_modules():
         if isinstance(layer, QuantLinear) and name.startswith(part):
-            old = reference.get_submodule(name).get_parameter("weight").double()
-            error += float((layer.weight.double() - old).square().sum())
+            old = reference.get_submodule(name).get_parameter("weight").detach().double()
+            error += float((layer.weight.detach().double() - old).square().sum())
             norm += float(old.square().sum())
     return (error / norm) ** 0.5 if norm > 0 else None
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.compute import one_thread
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.roles import Clipping
@@ -158,12 +159,13 @@ class AWQ:
         if not self.clip:
             return RTN().extents(work, weights, schemes)
         inputs = self._inputs(work, all_layers=True)
-        return {
-            name: least_output_error_range(
-                weight, schemes[name], inputs[work.group_of[name]], self.ratios
-            )
-            for name, weight in weights.items()
-        }
+        with one_thread():
+            return {
+                name: least_output_error_range(
+                    weight, schemes[name], inputs[work.group_of[name]], self.ratios
+                )
+                for name, weight in weights.items()
+            }
 
     def _inputs(self, work: Work, *, all_layers: bool) -> dict[LinearGroup, Tensor]:
         """What groups read, (rows, tokens, width), as first seen, scales since then applied.

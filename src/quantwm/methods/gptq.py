@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.compute import one_thread
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
@@ -93,10 +94,13 @@ class GPTQ:
         weights = {name: work.weight(name) for name in extents}
         _check_tokens(weights, moments)
         schemes = work.weighted(extents)
-        return {
-            name: self.quantized(name, weights[name], moment.value(), extents[name], schemes[name])
-            for name, moment in moments.items()
-        }
+        with one_thread():
+            return {
+                name: self.quantized(
+                    name, weights[name], moment.value(), extents[name], schemes[name]
+                )
+                for name, moment in moments.items()
+            }
 
     def quantized(
         self, layer: str, weight: Tensor, hessian: Tensor, extent: Range, scheme: WeightScheme

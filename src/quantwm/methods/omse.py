@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.compute import one_thread
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
@@ -81,10 +82,11 @@ class OMSE:
         schemes: Mapping[str, WeightScheme],
     ) -> dict[str, Range]:
         """The range of least error of each group."""
-        return {
-            name: least_error_range(weight, schemes[name], self.candidates)
-            for name, weight in weights.items()
-        }
+        with one_thread():
+            return {
+                name: least_error_range(weight, schemes[name], self.candidates)
+                for name, weight in weights.items()
+            }
 
 
 @torch.no_grad()
