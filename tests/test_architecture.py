@@ -8,7 +8,17 @@ import pytest
 import quantwm
 
 ROOT = Path(quantwm.__file__).parent
-BASE = {"errors", "seeds", "statistics", "protocols", "files", "storage", "fingerprint", "compute"}
+BASE = {
+    "errors",
+    "checks",
+    "seeds",
+    "statistics",
+    "protocols",
+    "files",
+    "storage",
+    "fingerprint",
+    "compute",
+}
 LAYERS = [
     BASE,
     {"models", "envs", "planning", "quant"},

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import quantwm as qwm
+from quantwm.bench.methods import MethodRow
 from quantwm.cli import app
 from quantwm.study.rows import read_parquet
 
@@ -190,3 +191,25 @@ def test_a_saved_model_is_an_arm_and_plans_as_when_it_was_made(tmp_path):
     refused = run("study", "wall", f"arms=float,mine=folder:{other}", *SMALL, "--out", out)
     assert refused.exit_code == 2
     assert "holds a float model" in refused.output.replace("\n", " ")
+
+
+def test_an_interrupted_benchmark_of_methods_keeps_the_rows_it_has(monkeypatch):
+    def rows(*arguments, **settings):
+        yield MethodRow("rtn", "w4", None, 1.5, 600.0, 0.25, 0.125, 0.1, 0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantwm.bench.methods.bench_methods", rows)
+    shown = run("bench", "methods", "wall")
+    assert shown.exit_code not in (0, 2)
+    assert "0.2500" in shown.output
+    printed = run("bench", "methods", "wall", "--json").stdout
+    assert [row["encoder"] for row in json.loads(printed)["rows"]] == [0.25]
+
+
+def test_info_counts_the_products_that_a_rotation_added(tmp_path):
+    turned = tmp_path / "turned"
+    arguments = ("--plan", "predictor.*=w8", "--method", "rotation", "--out", turned)
+    assert run("quantize", "wall", *arguments).exit_code == 0
+    added = json.loads(run("info", turned, "--json").output)["added multiply-adds a token"]
+    assert added["predictor.entry"] == 404**2
+    assert added["predictor.blocks.0.mlp.hidden"] == 512 * (16 + 32)

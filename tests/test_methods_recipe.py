@@ -33,8 +33,6 @@ class Clipping:
 
 
 class Rounding:
-    sequential = True
-
     def codes(self, work, extents):
         calls.append((self.name, "codes", *extents))
         return RTN().codes(work, extents)
@@ -74,6 +72,8 @@ def part(name, *roles, needs_calibration=False, **options):
     fields = [(key, type(value), value) for key, value in options.items()]
     made = make_dataclass(name, fields, bases=roles, frozen=True)
     made.name, made.needs_calibration = name, needs_calibration
+    made.scales_channels = name in {"smoothquant", "awq", "omniquant"}
+    made.rounds_to_nearest = name == "awq"
     return made
 
 

@@ -13,7 +13,7 @@ from quantwm.bench.operations import added_operations
 from quantwm.errors import PlanError, UsageError
 from quantwm.fingerprint import model_hash
 from quantwm.methods import get_method, quantize, transformed
-from quantwm.methods.rotation import Rotation, keyed_generator
+from quantwm.methods.rotation import Rotation
 from quantwm.models.checkpoint import new_world_model
 from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
 from quantwm.planning.objective import Objective
@@ -22,6 +22,7 @@ from quantwm.protocols import HasResidualStreams, WorldModel
 from quantwm.quant import QuantPlan, load_quantized, quantization_of, save_quantized
 from quantwm.quant.fold import scale_inputs
 from quantwm.quant.hadamard import Hadamard, random_orthogonal
+from quantwm.quant.sampling import named_generator
 from quantwm.quant.structure import added_multiply_adds
 from rotation_support import (
     FOLD,
@@ -60,7 +61,7 @@ def test_the_stream_is_turned_by_the_matrix_that_the_seed_names():
     model = tiny_model()
     twin = transformed(model, plan(seed=3))
     for part, width in (("encoder", 24), ("predictor", 44)):
-        matrix = random_orthogonal(width, keyed_generator(3, part)).float()
+        matrix = random_orthogonal(width, named_generator(f"3/{part}")).float()
         for block in range(2):
             plain, turned = (inputs_of(m, f"{part}.blocks.{block}.norm1") for m in (model, twin))
             centred = plain - plain.mean(-1, keepdim=True)

@@ -6,9 +6,9 @@ from torch import nn
 
 from dino_wm_support import tiny_model
 from quant_support import snapshot
-from quantwm.methods.rotation import keyed_generator
 from quantwm.quant import rotation
 from quantwm.quant.hadamard import Hadamard, random_orthogonal
+from quantwm.quant.sampling import named_generator
 from rotation_support import assert_same_outputs, inputs_of
 
 
@@ -25,7 +25,7 @@ def test_the_hadamard_product_is_orthogonal_and_spreads_an_outlier_and_a_constan
 
 
 def rotate(model, stream):
-    rotation.rotate_stream(model, stream, random_orthogonal(stream.width, keyed_generator(0, "a")))
+    rotation.rotate_stream(model, stream, random_orthogonal(stream.width, named_generator("0/a")))
 
 
 STEPS = (rotation.absorb_layer_scales, rotation.absorb_norms, rotation.remove_mean, rotate)
@@ -70,7 +70,7 @@ def test_values_alone_and_hidden_alone_leave_the_outputs_alone():
     expected, model = tiny_model(), tiny_model()
     for stream in model.residual_streams():
         for path in stream.values:
-            generator = keyed_generator(1, path.qkv)
+            generator = named_generator(f"1/{path.qkv}")
             heads = [random_orthogonal(path.head_dim, generator) for _ in range(path.heads)]
             before = model.get_submodule(path.qkv).weight.clone()
             rotation.rotate_values(model, path, torch.stack(heads))

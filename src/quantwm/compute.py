@@ -28,14 +28,14 @@ Model = TypeVar("Model", bound=WorldModel)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one CPU thread while the context lasts.
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Compute with so many CPU threads while the context lasts; None changes nothing.
 
-    For long loops over small tensors: threads that wait for each other after every operation cost
-    more than they save, and many times as much where something else runs on a core.
+    One is best for long loops over small tensors: threads that wait for each other after every
+    operation cost more than they save, and many times as much beside other work.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:

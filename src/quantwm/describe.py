@@ -19,6 +19,7 @@ from quantwm.loading import load
 from quantwm.methods import method_names
 from quantwm.models.bundled import bundled_names
 from quantwm.quant import quantization_of, stored_bytes
+from quantwm.quant.structure import added_multiply_adds
 from quantwm.study.prepare import build_task
 from quantwm.study.spec import RECORD, presets
 from quantwm.study.store import ResultsFolder
@@ -107,6 +108,8 @@ def _describe_model(source: str) -> dict[str, Any]:
         facts["method"] = record.method
         facts["quantized layers"] = len(record.layers)
         facts["float model's hash"] = record.source_model_hash
+        if added := added_multiply_adds(record.structure):
+            facts["added multiply-adds a token"] = added
     return facts | {"config": world_model.config.to_dict()}
 
 

@@ -4,9 +4,10 @@ Every row is measured in a process of its own, so that its peak memory is its ow
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,17 @@ def bench_methods(
     plans: Sequence[str] = DEFAULT_PLANS,
     samples: int | None = None,
     progress: Progress | None = None,
-) -> list[MethodRow]:
-    """Measure methods on a model.
+) -> Iterator[MethodRow]:
+    """Measure methods on a model, row by row: plan after plan, every method under each.
+
+    What was asked for is checked at once, before the first row is.
 
     Args:
         source: as `load` takes it, or "paper": a model of DINO-WM's size whose predictor is
             random, with candidates that it considers first, for times and memory alone.
         calibration: file to quantize with; not for "paper".
         held_out: file of other episodes, to measure errors on.
-        methods, plans: every method under every plan.
+        methods, plans: as plans write them.
         samples: candidate sequences of the calibration file to use; None takes all (paper: 32).
         progress: called with rows done and in total.
 
@@ -102,28 +105,31 @@ def bench_methods(
             "give a calibration file, such as 'quantwm calibrate wall --out calibration' writes"
         )
     jobs = [(method, plan) for plan in plans for method in methods]
-    rows: list[MethodRow] = []
-    threads = torch.get_num_threads()
-    for method, plan in jobs:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            future = pool.submit(
-                _measured, source, calibration, held_out, method, plan, samples, threads
-            )
-            rows.append(future.result())
+    measure = partial(_measured, source, calibration, held_out, samples, torch.get_num_threads())
+    return _rows(jobs, measure, progress)
+
+
+def _rows(
+    jobs: Sequence[tuple[str, str]],
+    measure: Callable[[str, str], MethodRow],
+    progress: Progress | None,
+) -> Iterator[MethodRow]:
+    for done, job in enumerate(jobs, start=1):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            row = pool.submit(measure, *job).result()
         if progress is not None:
-            progress(len(rows), len(jobs))
-    return rows
+            progress(done, len(jobs))
+        yield row
 
 
 def _measured(
     source: str,
     calibration_file: Path | None,
     held_out_file: Path | None,
-    method: str,
-    plan: str,
     samples: int | None,
     threads: int,
+    method: str,
+    plan: str,
 ) -> MethodRow:
     torch.set_num_threads(threads)
     world_model, calibration = _subject(source, calibration_file, samples)
@@ -141,7 +147,7 @@ def _measured(
     errors = block_errors(twin, small, Calibration.load(held_out_file))
     learns = any(isinstance(part, BlockLearning) for part in get_method(method).parts)
     weights = [None if learns else weight_error(twin, small, part) for part in PARTS]
-    blocks = [_part_error(errors.by_block, errors.of, part) for part in PARTS]
+    blocks = [errors.of(part) for part in PARTS]
     return MethodRow(method, plan, None, seconds, peak, *blocks, *weights)
 
 
@@ -154,10 +160,6 @@ def weight_error(reference: DINOWM, quantized: DINOWM, part: str) -> float | Non
             error += float((layer.weight.detach().double() - old).square().sum())
             norm += float(old.square().sum())
     return (error / norm) ** 0.5 if norm > 0 else None
-
-
-def _part_error(by_block: dict[str, float], of: Callable[[str], float], part: str) -> float | None:
-    return of(part) if any(name.startswith(part) for name in by_block) else None
 
 
 def _subject(

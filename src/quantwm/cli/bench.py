@@ -81,21 +81,26 @@ def bench_methods(
     as_json: Json = False,
 ) -> None:
     """Compare methods by the error of every block's output on held-out data, time and memory."""
-    with exit_codes("Nothing is kept of a benchmark."):
-        from quantwm.bench.methods import DEFAULT_METHODS, DEFAULT_PLANS
+    with exit_codes("Rows that were finished are above."):
+        from quantwm.bench.methods import DEFAULT_METHODS, DEFAULT_PLANS, MethodRow
         from quantwm.bench.methods import bench_methods as measure
 
-        with bars() as progress:
-            rows = measure(
-                model,
-                calibration,
-                held_out,
-                methods=method or DEFAULT_METHODS,
-                plans=plan or DEFAULT_PLANS,
-                samples=samples,
-                progress=counter(progress, "bench methods"),
-            )
-        if as_json:
-            print_json({"rows": [row.to_dict() for row in rows]})
-        else:
-            print_methods_bench(rows)
+        rows: list[MethodRow] = []
+        try:
+            with bars() as progress:
+                for row in measure(
+                    model,
+                    calibration,
+                    held_out,
+                    methods=method or DEFAULT_METHODS,
+                    plans=plan or DEFAULT_PLANS,
+                    samples=samples,
+                    progress=counter(progress, "bench methods"),
+                ):
+                    rows.append(row)
+        finally:
+            # Interrupted too: a row can take minutes.
+            if as_json:
+                print_json({"rows": [row.to_dict() for row in rows]})
+            elif rows:
+                print_methods_bench(rows)

@@ -1,7 +1,7 @@
 """How far quantized blocks' outputs are from float ones for the same inputs."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantwm.errors import UsageError
 from quantwm.protocols import WorldModel
+from quantwm.quant.block_inputs import whole_windows
 from quantwm.quant.observers import CalibrationData
 
 
@@ -28,6 +29,7 @@ class BlockErrors:
     Attributes:
         by_block: ‖quantized - float‖ / ‖float output - input‖ over all calls of a block: relative
             to what the block adds to the residual stream, whose own outliers would hide an error.
+            Blocks that add to nothing, such as a patch embedding, are left out.
     """
 
     by_block: dict[str, float] = field(default_factory=dict)
@@ -59,7 +61,7 @@ def block_errors(
     sums = {name: _Sums() for name in blocks}
     with ExitStack() as stack:
         # Without it a block's result would depend on keys and values kept from earlier calls.
-        stack.enter_context(getattr(reference, "whole_windows", nullcontext)())
+        stack.enter_context(whole_windows(reference))
         for name, own in sums.items():
             module, twin = reference.get_submodule(name), quantized.get_submodule(name)
             handle = module.register_forward_hook(_compare(twin, own), with_kwargs=True)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quantwm.checks import is_integer
 from quantwm.envs.wall_policy import POLICY, scripted
 from quantwm.errors import UsageError
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -212,7 +213,7 @@ class WallSimulation:
 
 def _checked_range(name: str, value: Any, low: int, high: int) -> Position:
     ends = value if isinstance(value, (tuple, list)) else (value, value)
-    valid = len(ends) == 2 and all(isinstance(e, int) and not isinstance(e, bool) for e in ends)
+    valid = len(ends) == 2 and all(is_integer(e) for e in ends)
     if not valid or not low <= ends[0] <= ends[1] <= high:
         raise UsageError(
             f"{name} must be an integer from {low} to {high} or a range [low, high], got {value!r}"

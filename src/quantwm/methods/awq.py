@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantwm.compute import one_thread
+from quantwm.checks import is_integer, is_number
+from quantwm.compute import cpu_threads
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.roles import Clipping
@@ -22,15 +23,9 @@ from quantwm.methods.scale_search import (
 )
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
+from quantwm.quant.clipping import best_ratios, clip_ratios
 from quantwm.quant.fold import usable_scale
-from quantwm.quant.primitives import (
-    Range,
-    fake_quantize,
-    from_groups,
-    to_groups,
-    weight_parameters,
-    weight_range,
-)
+from quantwm.quant.primitives import Range, from_groups, to_groups, weight_range
 from quantwm.quant.scheme import (
     LayerScheme,
     PerChannel,
@@ -77,6 +72,8 @@ class AWQ:
     """
 
     name: ClassVar[str] = "awq"
+    scales_channels: ClassVar[bool] = True
+    rounds_to_nearest: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     grid: int = 20
@@ -87,19 +84,17 @@ class AWQ:
     def __post_init__(self) -> None:
         for option in ("grid", "clip_ratios"):
             value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value, 1):
                 raise UsageError(f"awq.{option} is an integer of at least 1, got {value!r}")
         if not isinstance(self.clip, bool):
             raise UsageError(f"awq.clip is true or false, got {self.clip!r}")
-        number = isinstance(self.lowest, int | float) and not isinstance(self.lowest, bool)
-        if not number or not 0 < self.lowest <= 1:
+        if not is_number(self.lowest) or not 0 < self.lowest <= 1:
             raise UsageError(f"awq.lowest is above 0 and at most 1, got {self.lowest!r}")
 
     @property
     def ratios(self) -> tuple[float, ...]:
         """Of clipping, largest first."""
-        step = (1 - self.lowest) / max(self.clip_ratios - 1, 1)
-        return tuple(1 - step * number for number in range(self.clip_ratios))
+        return clip_ratios(self.clip_ratios, self.lowest)
 
     def problems(
         self,
@@ -159,7 +154,7 @@ class AWQ:
         if not self.clip:
             return RTN().extents(work, weights, schemes)
         inputs = self._inputs(work, all_layers=True)
-        with one_thread():
+        with cpu_threads(1):
             return {
                 name: least_output_error_range(
                     weight, schemes[name], inputs[work.group_of[name]], self.ratios
@@ -221,20 +216,11 @@ def least_output_error_range(
     low, high = weight_range(weight, scheme.granularity)
     grouped = to_groups(weight.float(), scheme.granularity)
     factor = input_factor(x, scheme.granularity)
-    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for ratio in ratios:
-        scale, zero_point = weight_parameters((low * ratio, high * ratio), scheme)
-        rounded = fake_quantize(
-            grouped,
-            scale.unsqueeze(-1),
-            None if zero_point is None else zero_point.unsqueeze(-1),
-            scheme.bits,
-            symmetric=scheme.symmetric,
-        )
-        delta = rounded.sub_(grouped)
-        error = _output_error(delta, factor, scheme.granularity, weight.shape)
-        better = error < least
-        best, least = torch.where(better, ratio, best), torch.where(better, error, least)
+
+    def error(delta: Tensor) -> Tensor:
+        return _output_error(delta, factor, scheme.granularity, weight.shape)
+
+    best = best_ratios(grouped, (low, high), scheme, tuple(ratios), error)
     return low * best, high * best
 
 

@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantwm.compute import one_thread
+from quantwm.checks import is_integer, is_number
+from quantwm.compute import cpu_threads
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
@@ -61,7 +61,6 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
-    sequential: ClassVar[bool] = True
 
     act_order: bool = True
     damping: float = 0.01
@@ -70,15 +69,15 @@ class GPTQ:
     def __post_init__(self) -> None:
         if not isinstance(self.act_order, bool):
             raise UsageError(f"gptq.act_order must be true or false, got {self.act_order!r}")
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not number or not 0 < self.damping < inf:
+        if not is_number(self.damping) or self.damping <= 0:
             raise UsageError(
                 "gptq.damping must be a number above 0, a fraction of the mean diagonal such as "
                 f"0.01, got {self.damping!r}"
             )
-        size = self.block_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"gptq.block_size must be an integer of at least 1, got {size!r}")
+        if not is_integer(self.block_size, 1):
+            raise UsageError(
+                f"gptq.block_size must be an integer of at least 1, got {self.block_size!r}"
+            )
 
     @torch.no_grad()
     def codes(self, work: Work, extents: Mapping[str, Range]) -> dict[str, QuantizedWeight]:
@@ -94,7 +93,7 @@ class GPTQ:
         weights = {name: work.weight(name) for name in extents}
         _check_tokens(weights, moments)
         schemes = work.weighted(extents)
-        with one_thread():
+        with cpu_threads(1):
             return {
                 name: self.quantized(
                     name, weights[name], moment.value(), extents[name], schemes[name]

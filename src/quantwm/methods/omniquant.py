@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.checks import is_integer, is_number
 from quantwm.errors import UsageError, unknown_name
 from quantwm.methods.learned_block import (
     Example,
@@ -19,8 +20,9 @@ from quantwm.methods.learned_block import (
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
-from quantwm.quant.block_inputs import BlockCall, block_calls, held_out_rows, keyed_generator
+from quantwm.quant.block_inputs import BlockCall, block_calls, held_out_rows
 from quantwm.quant.observers import RangeObserver
+from quantwm.quant.sampling import named_generator
 from quantwm.quant.scheme import LayerScheme
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class OmniQuant:
     """
 
     name: ClassVar[str] = "omniquant"
+    scales_channels: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     epochs: int = 20
@@ -81,11 +84,11 @@ class OmniQuant:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_rows", "patience", "tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value, 1):
                 raise UsageError(f"omniquant: {name} is an integer of at least 1, got {value!r}")
         for name in ("lr_clip", "lr_transform"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            if not is_number(value) or not 0 < value < 1:
                 raise UsageError(f"omniquant: {name} is a number between 0 and 1, got {value!r}")
         if self.target not in (FLOAT_PATH, SAME_INPUTS):
             raise unknown_name("omniquant target", str(self.target), (FLOAT_PATH, SAME_INPUTS))
@@ -161,7 +164,7 @@ class OmniQuant:
             "held_out_before": learned.error(unseen),
             "training_before": learned.error(fitted),
         }
-        generator = keyed_generator("training of", learned.name)
+        generator = named_generator("training of", learned.name)
         optimizer, unit = self._optimizer(learned), _mean_square(fitted, before["training_before"])
         best, kept, least, epoch = learned.state(), 0, before["held_out_before"], 0
         for epoch in range(1, self.epochs + 1):

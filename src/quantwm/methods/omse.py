@@ -7,18 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantwm.compute import one_thread
+from quantwm.checks import is_integer, is_number
+from quantwm.compute import cpu_threads
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
-from quantwm.quant.primitives import (
-    Range,
-    fake_quantize,
-    to_groups,
-    weight_parameters,
-    weight_range,
-)
+from quantwm.quant.clipping import best_ratios, clip_ratios
+from quantwm.quant.primitives import Range, to_groups, weight_range
 from quantwm.quant.scheme import LayerScheme, WeightScheme
 
 _CACHE_ELEMENTS = 2**16
@@ -49,17 +45,15 @@ class OMSE:
     needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ratios, int) or isinstance(self.ratios, bool) or self.ratios < 1:
+        if not is_integer(self.ratios, 1):
             raise UsageError(f"omse.ratios must be an integer of at least 1, got {self.ratios!r}")
-        number = isinstance(self.lowest, int | float) and not isinstance(self.lowest, bool)
-        if not number or not 0 < self.lowest <= 1:
+        if not is_number(self.lowest) or not 0 < self.lowest <= 1:
             raise UsageError(f"omse.lowest must be above 0 and at most 1, got {self.lowest!r}")
 
     @property
     def candidates(self) -> tuple[float, ...]:
         """The ratios to try, largest first."""
-        step = (1 - self.lowest) / max(self.ratios - 1, 1)
-        return tuple(1 - step * number for number in range(self.ratios))
+        return clip_ratios(self.ratios, self.lowest)
 
     def problems(
         self,
@@ -82,7 +76,7 @@ class OMSE:
         schemes: Mapping[str, WeightScheme],
     ) -> dict[str, Range]:
         """The range of least error of each group."""
-        with one_thread():
+        with cpu_threads(1):
             return {
                 name: least_error_range(weight, schemes[name], self.candidates)
                 for name, weight in weights.items()
@@ -110,26 +104,14 @@ def least_error_range(weight: Tensor, scheme: WeightScheme, ratios: Iterable[flo
     on_cpu = grouped.device.type == "cpu"
     step = max(1, _CACHE_ELEMENTS // max(grouped[0].numel(), 1)) if on_cpu else len(grouped)
     chunks = [slice(start, start + step) for start in range(0, len(grouped), step)]
-    best = [_best_ratios(grouped[rows], low[rows], high[rows], scheme, falling) for rows in chunks]
+    best = [
+        best_ratios(grouped[rows], (low[rows], high[rows]), scheme, falling, _squared_sum)
+        for rows in chunks
+    ]
     ratio = torch.cat(best)
     return low * ratio, high * ratio
 
 
-def _best_ratios(
-    grouped: Tensor, low: Tensor, high: Tensor, scheme: WeightScheme, falling: Sequence[float]
-) -> Tensor:
-    """Ratios (rows, groups) of least error for weights (rows, groups, values)."""
-    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for ratio in falling:
-        scale, zero_point = weight_parameters((low * ratio, high * ratio), scheme)
-        rounded = fake_quantize(
-            grouped,
-            scale.unsqueeze(-1),
-            None if zero_point is None else zero_point.unsqueeze(-1),
-            scheme.bits,
-            symmetric=scheme.symmetric,
-        )
-        error = rounded.sub_(grouped).square_().sum(-1)
-        better = error < least  # False for NaN
-        best, least = torch.where(better, ratio, best), torch.where(better, error, least)
-    return best
+def _squared_sum(delta: Tensor) -> Tensor:
+    """(rows, groups, values), which is overwritten → (rows, groups)."""
+    return delta.square_().sum(-1)

@@ -1,6 +1,5 @@
 """Percentile: static input ranges that leave the rarest values out."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.checks import is_number
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.protocols import LinearGroup, WorldModel
 from quantwm.quant.observers import MinMax, RangeObserver
 from quantwm.quant.primitives import Range
+from quantwm.quant.sampling import Reservoir
 from quantwm.quant.scheme import LayerScheme
 
 EXTREMES, SAMPLE = 2**18, 2**19
@@ -34,8 +35,7 @@ class Percentile:
     are those of a uniform sample of `SAMPLE` values. Layers whose activations are dynamic or float
     are left alone.
 
-    The default is high because rare large values carry meaning in DINOv2: docs/methods.md has
-    the block errors of a lower one.
+    The default is high because rare large values carry meaning in DINOv2 (docs/methods.md).
 
     Attributes:
         percentile: p, above 50 and at most 100, which is the full range.
@@ -49,8 +49,7 @@ class Percentile:
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        number = isinstance(self.percentile, int | float) and not isinstance(self.percentile, bool)
-        if not number or not 50 < self.percentile <= 100:
+        if not is_number(self.percentile) or not 50 < self.percentile <= 100:
             raise UsageError(
                 "percentile.percentile must be above 50 and at most 100, such as 99.9, "
                 f"got {self.percentile!r}"
@@ -94,7 +93,7 @@ class PercentileRange(RangeObserver):
         super().__init__(layer)
         self.percentile = percentile
         self._smallest, self._largest = _Largest(extremes), _Largest(extremes)
-        self._sample = _Sample(layer, sample)
+        self._sample = Reservoir(layer, sample)
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:  # noqa: ARG002
         # A copy, because models write into what layers have read.
@@ -111,7 +110,7 @@ class PercentileRange(RangeObserver):
         low, high = self._smallest.at(position), self._largest.at(position)
         if low is not None and high is not None:
             return -low, high
-        values = self._sample.values().double()
+        values = self._sample.value().double()
         shares = torch.tensor([share, 1 - share], dtype=torch.float64, device=values.device)
         sampled_low, sampled_high = torch.quantile(values, shares).float()
         return sampled_low, sampled_high
@@ -153,46 +152,3 @@ class _Largest:
             self._least = values.min().item()
         self._kept, self._count = [values], len(values)
         return values
-
-
-class _Sample:
-    """A uniform sample of the values seen.
-
-    Every value gets a random number from a generator of the layer's own, and those with the
-    lowest are kept: the sample depends on the layer's name and inputs alone, not on how many
-    come at a time.
-    """
-
-    def __init__(self, layer: str, capacity: int) -> None:
-        self._capacity = capacity
-        seed = int.from_bytes(hashlib.sha256(layer.encode()).digest()[:7], "big")
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._count = 0
-        self._cut = 1.0
-
-    def update(self, values: Tensor) -> None:
-        """See values (n,)."""
-        draws = torch.rand(len(values), generator=self._generator)
-        if self._cut < 1:
-            # Few numbers are that low late in a replay.
-            values, draws = _chosen(values, draws, self._cut)
-        self._kept.append((values, draws))
-        self._count += len(draws)
-        if self._count > 1.5 * self._capacity:
-            self.values()
-
-    def values(self) -> Tensor:
-        """The values with the `capacity` lowest numbers, and ties; the others are dropped."""
-        values, draws = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        if len(draws) > self._capacity:
-            self._cut = draws.kthvalue(self._capacity).values.item()
-            values, draws = _chosen(values, draws, self._cut)
-        self._kept, self._count = [(values, draws)], len(draws)
-        return values
-
-
-def _chosen(values: Tensor, draws: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-    """Values whose numbers, which are always on the CPU, are at most `cut`."""
-    index = (draws <= cut).nonzero().squeeze(1)
-    return values[index.to(values.device)], draws[index]

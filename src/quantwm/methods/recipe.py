@@ -28,11 +28,6 @@ from quantwm.quant.apply import Progress
 from quantwm.quant.observers import CalibrationData
 from quantwm.quant.scheme import LayerScheme
 
-_TRANSFORM_ORDER = ("rotation", "smoothquant", "awq")
-"""A rotation undoes the meaning of channels, so what treats channels apart comes after it."""
-_SAME_TRANSFORM = {"smoothquant", "awq", "omniquant"}
-"""Parts that each choose the factors of the same normalisations' outputs."""
-
 _CHOOSE_ALONE = (
     (BlockLearning, "all codes of a block"),
     (Rounding, "the codes"),
@@ -178,11 +173,15 @@ def _floats(work: Work, layers: Sequence[str]) -> dict[str, nn.Module]:
     return {name: work.world_model.get_submodule(name) for name in layers}
 
 
-def _position(part: Part) -> tuple[int, int, str]:
+def _position(part: Part) -> tuple[int, bool, str]:
     roles = (Transform, BlockLearning, Clipping, Rounding, InputRange, Correction)
     role = next(number for number, kind in enumerate(roles) if isinstance(part, kind))
-    order = _TRANSFORM_ORDER.index(part.name) if part.name in _TRANSFORM_ORDER else 99
-    return role, order, part.name
+    return role, _says(part, "scales_channels"), part.name
+
+
+def _says(part: Part, what: str) -> bool:
+    """Whether a part has a class variable of that name that is true."""
+    return bool(getattr(part, what, False))
 
 
 def _only_clips(part: object) -> bool:
@@ -199,7 +198,7 @@ def _misfits(parts: Sequence[Part]) -> Iterator[str]:
             yield f"{name!r} is written twice"
     if "rtn" in names and len(set(names)) > 1 and not _completed_by_rtn(parts):
         yield "rtn is what is done where no other part chooses; leave it out"
-    rivals = sorted(_SAME_TRANSFORM & set(names))
+    rivals = sorted({part.name for part in parts if _says(part, "scales_channels")})
     if len(rivals) > 1:
         yield f"{' and '.join(rivals)} scale the same channels; take one of them"
     others = [part for part in parts if not isinstance(part, RTN)]
@@ -216,10 +215,12 @@ def _misfits(parts: Sequence[Part]) -> Iterator[str]:
     ]
     if learners and choosers:
         yield f"{learners[0]} learns ranges and rounds by itself; leave out {', '.join(choosers)}"
-    if "awq" in names and "gptq" in names:
+    searchers = [part.name for part in parts if _says(part, "rounds_to_nearest")]
+    rounders = [part.name for part in others if isinstance(part, Rounding)]
+    if searchers and rounders:
         yield (
-            "awq searches its scales by what rounding to nearest does, and gptq does not round "
-            "to nearest; smoothquant+gptq or rotation+gptq do go together"
+            f"{searchers[0]} searches its scales by what rounding to nearest does, and "
+            f"{rounders[0]} does not round to nearest; smoothquant and rotation go with it"
         )
 
 

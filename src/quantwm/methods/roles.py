@@ -1,8 +1,11 @@
 """What a part of a method can do. A part is one file, and may play several of these roles.
 
 A part is a frozen dataclass: its fields are its options, `name` is what plans call it, and
-`needs_calibration` says whether it reads calibration data. `Recipe` runs the parts of a method
-in the order of this file.
+`needs_calibration` says whether it reads calibration data. Two class variables that are true say
+what it does not go together with: `scales_channels`, that it chooses a factor for each channel of
+what normalisations give, so that two such parts exclude each other and come after what turns
+channels into others; `rounds_to_nearest`, that it searches by what rounding to nearest does.
+`Recipe` runs the parts of a method in the order of this file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,14 +81,7 @@ class Clipping(Protocol):
 
 @runtime_checkable
 class Rounding(Protocol):
-    """Chooses the codes of weights.
-
-    Attributes:
-        sequential: a block's codes depend on what it reads once the blocks before it are
-            quantized, so it is asked block by block.
-    """
-
-    sequential: ClassVar[bool]
+    """Chooses the codes of weights, block by block, the blocks before it quantized already."""
 
     def codes(self, work: Work, extents: Mapping[str, Range]) -> dict[str, QuantizedWeight]:
         """Quantized weights of the layers of `extents`, which are still float in the model."""

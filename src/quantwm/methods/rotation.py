@@ -1,6 +1,5 @@
 """Rotation: orthogonal matrices folded into the weights, so that no channel stands out."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.checks import is_integer
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.roles import Clipping
@@ -16,6 +16,7 @@ from quantwm.methods.work import Work
 from quantwm.protocols import HasResidualStreams, LinearGroup, ResidualStream, WorldModel
 from quantwm.quant import rotation as fold
 from quantwm.quant.hadamard import hadamard_matrix_exists, random_orthogonal
+from quantwm.quant.sampling import named_generator
 from quantwm.quant.scheme import LayerScheme
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Rotation:
         for option in ("hidden", "values"):
             if not isinstance(getattr(self, option), bool):
                 raise UsageError(f"{option} is true or false, got {getattr(self, option)!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if not is_integer(self.seed, 0):
             raise UsageError(f"seed is an integer of at least 0, got {self.seed!r}")
 
     def problems(
@@ -114,7 +115,7 @@ class Rotation:
             fold.absorb_layer_scales(world_model, complete)
             fold.absorb_norms(world_model, complete)
             fold.remove_mean(world_model, complete)
-            generator = keyed_generator(self.seed, stream.name)
+            generator = named_generator(f"{self.seed}/{stream.name}")
             rotation = random_orthogonal(stream.width, generator)
             fold.rotate_stream(world_model, complete, rotation)
             if self.values:
@@ -129,7 +130,7 @@ class Rotation:
                 work.replay.changed(_layers(stream))
 
     def _heads(self, qkv: str, heads: int, head_dim: int) -> Tensor:
-        generator = keyed_generator(self.seed, qkv)
+        generator = named_generator(f"{self.seed}/{qkv}")
         return torch.stack([random_orthogonal(head_dim, generator) for _ in range(heads)])
 
     def _hidden(self, stream: ResidualStream, schemes: Mapping[str, LayerScheme]) -> dict[str, str]:
@@ -137,12 +138,6 @@ class Rotation:
         if not self.hidden:
             return {}
         return {tap: layer for tap, layer in stream.hidden.items() if layer in schemes}
-
-
-def keyed_generator(seed: int, name: str) -> torch.Generator:
-    """A generator that depends on both alone."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _layers(stream: ResidualStream) -> set[str]:

@@ -24,7 +24,6 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     needs_calibration: ClassVar[bool] = False
-    sequential: ClassVar[bool] = False
 
     def extents(
         self,

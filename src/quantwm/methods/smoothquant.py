@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantwm.checks import is_integer, is_number
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.roles import Clipping
@@ -54,18 +55,18 @@ class SmoothQuant:
     """
 
     name: ClassVar[str] = "smoothquant"
+    scales_channels: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
     alpha: float | str = 0.5
     grid: int = 20
 
     def __post_init__(self) -> None:
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if self.alpha != SEARCH and not (number and 0 <= float(self.alpha) <= 1):
+        if self.alpha != SEARCH and not (is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise UsageError(
                 f"smoothquant.alpha is a number from 0 to 1 or {SEARCH!r}, got {self.alpha!r}"
             )
-        if not isinstance(self.grid, int) or isinstance(self.grid, bool) or self.grid < 1:
+        if not is_integer(self.grid, 1):
             raise UsageError(
                 f"smoothquant.grid is an integer of at least 1, the steps of the search for "
                 f"alpha, got {self.grid!r}"

@@ -17,10 +17,6 @@ from quantwm.quant.primitives import Range
 from quantwm.quant.scheme import LayerScheme, WeightScheme
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass
 class Work:
     """A model on its way to being quantized.
@@ -31,7 +27,6 @@ class Work:
         schemes: of the layers that the plan changes, in forward order.
         groups: all that the model declares, in forward order.
         calibration: present where a part or a scheme needs it.
-        step: to be called after each step of a method, for progress.
         memory: what a part knows from one of its turns to the next, by the part's name; parts
             themselves hold options and no state.
         report: what parts have to tell of their work, JSON values by the part's name.
@@ -41,7 +36,6 @@ class Work:
     schemes: Mapping[str, LayerScheme]
     groups: Sequence[LinearGroup]
     calibration: CalibrationData | None = None
-    step: Callable[[], None] = field(default=_nothing)
     memory: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 

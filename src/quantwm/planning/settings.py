@@ -1,10 +1,10 @@
 """What the planners' settings have in common: validation, and the way to and from plain values."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, ClassVar, Self
 
+from quantwm.checks import is_integer, is_number
 from quantwm.errors import UsageError, unknown_name
 
 
@@ -69,7 +69,7 @@ def counts(**values: Any) -> list[str]:
     return [
         f"{name} must be a positive integer, got {value!r}"
         for name, value in values.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        if not is_integer(value, 1)
     ]
 
 
@@ -89,9 +89,8 @@ def number(
         above, below: bounds that are excluded.
         least, most: bounds that are included.
     """
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if (
-        right
+        is_number(value)
         and (above is None or value > above)
         and (least is None or value >= least)
         and (below is None or value < below)

@@ -6,7 +6,6 @@ or dicts, or keeps something from call to call, cannot be repeated row by row; m
 something in rollouts offer `whole_windows` (`quantwm.protocols.WorldModel`).
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from quantwm.errors import UsageError
 from quantwm.protocols import Latent, Observation, WorldModel
 from quantwm.quant.observers import Observer, Replay
+from quantwm.quant.sampling import named_generator
 
 HELD_OUT = 0.2
 """Share of the calibration samples that nothing is fitted to."""
@@ -94,7 +94,7 @@ class BlockInputs(Observer):
 
     def __init__(self, block: str, tokens: int) -> None:
         super().__init__(block)
-        self._generator = keyed_generator("inputs of", block)
+        self._generator = named_generator("inputs of", block)
         self._capacity = tokens
         self._calls: list[tuple[BlockCall, Tensor]] = []
         self._limit = 1.0
@@ -192,7 +192,7 @@ def block_calls(replay: Replay, blocks: Sequence[str], tokens: int) -> dict[str,
 
     @contextmanager
     def context(world_model: WorldModel) -> Iterator[WorldModel]:
-        with _whole_windows(world_model):
+        with whole_windows(world_model):
             yield cast(WorldModel, _Counting(world_model, begin))
 
     replay.show({block: [one] for block, one in inputs.items()}, context)
@@ -215,15 +215,9 @@ def held_out_rows(calls: Sequence[BlockCall], block: str) -> list[Tensor]:
             f"learning it needs those from at least {MIN_SAMPLES}, a part of which is held out; "
             "calibrate with more episodes, or keep more tokens"
         )
-    shuffled = samples[torch.randperm(len(samples), generator=keyed_generator("split of", block))]
+    shuffled = samples[torch.randperm(len(samples), generator=named_generator("split of", block))]
     chosen = shuffled[: max(1, round(HELD_OUT * len(samples)))]
     return [torch.isin(call.samples, chosen) for call in calls]
-
-
-def keyed_generator(*key: str) -> torch.Generator:
-    """A generator on the CPU that depends on `key` alone."""
-    digest = hashlib.sha256("\n".join(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class _Counting:
@@ -244,7 +238,8 @@ class _Counting:
         return getattr(self._world_model, name)
 
 
-def _whole_windows(world_model: WorldModel) -> AbstractContextManager[None]:
+def whole_windows(world_model: WorldModel) -> AbstractContextManager[None]:
+    """A context in which blocks keep nothing from call to call, see `WorldModel`."""
     offered = getattr(world_model, "whole_windows", None)
     return nullcontext() if offered is None else cast(AbstractContextManager[None], offered())
 

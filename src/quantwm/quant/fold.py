@@ -51,20 +51,20 @@ def scale_inputs(
         raise ValueError(f"{', '.join(group.layers)}: no normalisation feeds them")
     norm = world_model.get_submodule(group.producer)
     weight, bias = norm_parameters(norm)
-    norm.weight = _parameter(weight.double() / scale, weight)
+    norm.weight = constant_parameter(weight.double() / scale, weight)
     if bias is not None:
         moved = bias.double() - (0 if shift is None else shift)
-        norm.bias = _parameter(moved / scale, bias)
+        norm.bias = constant_parameter(moved / scale, bias)
     elif shift is not None:
         raise ValueError(f"{group.producer} has no bias to take a shift in")
     for name in group.layers:
         layer = cast(nn.Linear, world_model.get_submodule(name))
         old = layer.weight
-        layer.weight = _parameter(old.double() * scale, old)
+        layer.weight = constant_parameter(old.double() * scale, old)
         if shift is not None:
             added = old.double() @ shift.double()
             total = added if layer.bias is None else layer.bias.double() + added
-            layer.bias = _parameter(total, old)
+            layer.bias = constant_parameter(total, old)
 
 
 def norm_parameters(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -73,5 +73,7 @@ def norm_parameters(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     return norm.get_parameter("weight"), bias if isinstance(bias, Tensor) else None
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype), requires_grad=False)
+def constant_parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter of the type and on the device of `like` that needs no gradient."""
+    placed = value.to(like.device, like.dtype)
+    return nn.Parameter(placed.contiguous(), requires_grad=False)

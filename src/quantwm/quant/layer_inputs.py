@@ -1,11 +1,10 @@
 """What methods learn from the inputs of a layer: extremes, second moments, a sample of tokens."""
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from quantwm.quant.observers import Observer
+from quantwm.quant.sampling import Reservoir
 
 DEFAULT_TOKENS = 1024
 
@@ -52,9 +51,7 @@ class SecondMoment(Observer):
 class TokenSample(Observer):
     """A uniform sample of what a layer reads, all of it where there is little enough.
 
-    Every token (or frame) gets a random number from a generator of the layer's own, and those
-    with the lowest are kept: the sample depends on the layer's name and inputs alone, not on how
-    many come at a time.
+    It depends on the layer's name and inputs alone (`Reservoir`).
 
     Args:
         layer: dotted name.
@@ -66,33 +63,20 @@ class TokenSample(Observer):
     def __init__(self, layer: str, capacity: int = DEFAULT_TOKENS, unit: int | None = 1) -> None:
         super().__init__(layer)
         self.capacity, self.unit = capacity, unit
-        seed = int.from_bytes(hashlib.sha256(layer.encode()).digest()[:7], "big")
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: Tensor | None = None
-        self._draws = torch.empty(0, dtype=torch.float64)
+        self._units: Reservoir | None = None
         self.tokens = 0
         """Tokens seen."""
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:  # noqa: ARG002
         unit = x.shape[-2] if self.unit is None else self.unit
+        if self._units is None:
+            self._units = Reservoir(self.layer, max(1, self.capacity // unit))
         units = x.reshape(-1, unit, x.shape[-1])
         self.tokens += len(units) * unit
-        draws = torch.rand(len(units), dtype=torch.float64, generator=self._generator)
-        count = max(1, self.capacity // unit)
-        if len(self._draws) == count:
-            # Only what draws less than the highest kept number can enter: little, late in a replay.
-            entering = draws < self._draws.max()
-            units, draws = units[entering.to(units.device)], draws[entering]
-        units = units.float()
-        kept = units if self._kept is None else torch.cat([self._kept, units])
-        draws = torch.cat([self._draws, draws])
-        if len(draws) > count:
-            lowest = draws.argsort()[:count].sort().values
-            kept, draws = kept[lowest.to(kept.device)], draws[lowest]
-        self._kept, self._draws = kept.clone(), draws
+        self._units.update(units.float())
 
     def value(self) -> Tensor:
         """(units, tokens of a unit, width) float32, in the order they were seen."""
         self.check_seen()
-        assert self._kept is not None
-        return self._kept
+        assert self._units is not None
+        return self._units.value()

@@ -26,10 +26,6 @@ class CalibrationData(Protocol):
         """`quantwm.fingerprint.model_hash` of the model that the data were gathered with."""
         ...
 
-    def __len__(self) -> int:
-        """Candidate action sequences."""
-        ...
-
     def encode(self, world_model: WorldModel) -> Latent:
         """Latents of all frames, encoded in chunks of bounded memory."""
         ...

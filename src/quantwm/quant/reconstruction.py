@@ -1,6 +1,4 @@
-"""How well rounded layers reproduce what float ones compute."""
-
-from collections.abc import Mapping
+"""A layer's weight and input as they are once rounded."""
 
 from torch import Tensor
 
@@ -33,13 +31,3 @@ def rounded_input(
     if scheme.static and extent is None:
         extent = x.min(), x.max()
     return InputQuantizer.from_range(scheme, tokens_per_frame, extent).rounded(x)
-
-
-def squared_error(x: Tensor, weight: Tensor, new_x: Tensor, new_weight: Tensor) -> Tensor:
-    """‖x Wᵀ - x̂ Ŵᵀ‖², a float32 tensor without dimensions; x is (..., in), W (out, in)."""
-    return (x @ weight.T - new_x @ new_weight.T).square().sum()
-
-
-def relative_error(errors: Mapping[str, float], norms: Mapping[str, float]) -> float:
-    """Relative L2 error over several outputs: √(Σ errors / Σ norms), both squared sums."""
-    return float((sum(errors.values()) / max(sum(norms.values()), 1e-30)) ** 0.5)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantwm.protocols import AttentionValues, ResidualStream, WorldModel
-from quantwm.quant.fold import norm_parameters
+from quantwm.quant.fold import constant_parameter, norm_parameters
 from quantwm.quant.hadamard import Hadamard
 from quantwm.quant.modules import replace_module
 
@@ -68,11 +68,11 @@ def absorb_norms(world_model: WorldModel, stream: ResidualStream) -> None:
             if shift is not None:
                 bias, added = layer.bias, weight.double() @ shift.double()
                 total = added + bias.double() if isinstance(bias, Tensor) else added
-                layer.bias = _parameter(total, weight)
+                layer.bias = constant_parameter(total, weight)
             _map_inputs(layer, _diagonal(gain))
-        norm.weight = _parameter(torch.ones_like(gain), gain)
+        norm.weight = constant_parameter(torch.ones_like(gain), gain)
         if shift is not None:
-            norm.bias = _parameter(torch.zeros_like(shift), shift)
+            norm.bias = constant_parameter(torch.zeros_like(shift), shift)
 
 
 @torch.no_grad()
@@ -204,21 +204,23 @@ def _map_stream(world_model: WorldModel, stream: ResidualStream, change: Map) ->
         module = world_model.get_submodule(owner)
         old = module.get_parameter(own)
         columns = old.double().flatten(0, -2).T
-        setattr(module, own, _parameter(change(columns).T.reshape(old.shape), old))
+        setattr(module, own, constant_parameter(change(columns).T.reshape(old.shape), old))
 
 
 def _map_outputs(layer: nn.Module, change: Map) -> None:
     """W → M W and b → M b, of a linear or a convolution."""
     weight, bias = layer.get_parameter("weight"), layer.bias
-    layer.weight = _parameter(change(weight.double().flatten(1)).reshape(weight.shape), weight)
+    layer.weight = constant_parameter(
+        change(weight.double().flatten(1)).reshape(weight.shape), weight
+    )
     if isinstance(bias, Tensor):
-        layer.bias = _parameter(change(bias.double()[:, None])[:, 0], bias)
+        layer.bias = constant_parameter(change(bias.double()[:, None])[:, 0], bias)
 
 
 def _map_inputs(layer: nn.Module, change: Map) -> None:
     """W → W Mᵀ, which undoes M on what a linear reads if M is orthogonal."""
     weight = layer.get_parameter("weight")
-    layer.weight = _parameter(change(weight.double().T).T, weight)
+    layer.weight = constant_parameter(change(weight.double().T).T, weight)
 
 
 def _diagonal(factors: Tensor) -> Map:
@@ -232,10 +234,5 @@ def _product(matrix: Tensor) -> Map:
 def _identity(width: int, like: Tensor) -> nn.Linear:
     # On the meta device nothing is initialised at random.
     linear = nn.Linear(width, width, bias=False, device="meta")
-    linear.weight = _parameter(torch.eye(width), like)
+    linear.weight = constant_parameter(torch.eye(width), like)
     return linear.eval()
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    placed = value.to(like.device, like.dtype)
-    return nn.Parameter(placed.contiguous(), requires_grad=False)

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+from quantwm.checks import is_integer
 from quantwm.errors import UsageError, unknown_name
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -52,7 +53,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.size) or self.size < 1:
+        if not is_integer(self.size, 1):
             raise UsageError(f"a group needs an integer size of at least 1, got {self.size!r}")
 
 
@@ -329,7 +330,7 @@ def _check_fields(form: Mapping[str, Any], known: set[str], required: set[str], 
 
 
 def _check_bits(bits: object, what: str) -> None:
-    if not _is_integer(bits) or not MIN_BITS <= cast(int, bits) <= MAX_BITS:
+    if not is_integer(bits, MIN_BITS) or bits > MAX_BITS:
         raise UsageError(
             f"{what} bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}; "
             f"to leave the {what}s in float, leave them out"
@@ -339,7 +340,3 @@ def _check_bits(bits: object, what: str) -> None:
 def _check_flag(value: object, what: str) -> None:
     if not isinstance(value, bool):
         raise UsageError(f"{what} symmetric is true or false, got {value!r}")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

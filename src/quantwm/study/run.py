@@ -8,10 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, TypeAlias
 
-import torch
-
 from quantwm.calibration import Calibration, calibrate
-from quantwm.compute import NUMERICS_VERSION
+from quantwm.compute import NUMERICS_VERSION, cpu_threads
 from quantwm.errors import CorruptFileError, GateError
 from quantwm.evaluation import ORACLES, Outcome, Progress, Row, evaluate, evaluate_oracle
 from quantwm.loading import load
@@ -106,7 +104,7 @@ def run_study(
     folder = ResultsFolder(Path(out))
     run = _Run(prepared, folder, progress, on_arm or (lambda _: None))
     try:
-        with _threads(prepared.spec.threads):
+        with cpu_threads(prepared.spec.threads):
             return run()
     except KeyboardInterrupt as error:
         kept = sum(folder.cell_path(id).exists() for id in run.ids)
@@ -318,14 +316,3 @@ class _Run:
             yield self._progress.update
         finally:
             self._progress.finish()
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Let torch compute with so many CPU threads, and restore its number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,6 +1,5 @@
 """A study as a YAML file: which arms plan in which task, and under which settings."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from quantwm.calibration import DEFAULT_EPISODES, DEFAULT_SAMPLES
+from quantwm.checks import is_integer, is_number
 from quantwm.compute import DTYPES, parse_bytes
 from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations
@@ -100,7 +100,7 @@ class StudySpec:
             raise unknown_name("dtype", str(self.dtype), ("auto", *DTYPES))
         if str(self.device).partition(":")[0] not in DEVICES:
             raise unknown_name("device", str(self.device), DEVICES)
-        if not _is_number(self.gate) or not 0 <= self.gate <= 1:
+        if not is_number(self.gate) or not 0 <= self.gate <= 1:
             raise UsageError(f"gate must be a success rate, 0 to 1, got {self.gate!r}")
 
     @classmethod
@@ -245,10 +245,5 @@ def _check_text(name: str, value: Any) -> None:
 def _check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Accept an integer in range; `True` and 1.0 are none."""
     wanted = f"at least {least}" if most is None else f"{least} to {most}"
-    right = isinstance(value, int) and not isinstance(value, bool)
-    if not right or value < least or (most is not None and value > most):
+    if not is_integer(value, least) or (most is not None and value > most):
         raise UsageError(f"{name} must be an integer, {wanted}, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
