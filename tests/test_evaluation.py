@@ -177,3 +177,14 @@ def test_a_foreign_model_goes_the_whole_path(tmp_path):
         for arm in ("float", "twin")
     }
     assert by_arm["float"] == by_arm["twin"]
+
+
+@pytest.mark.parametrize("task", ["pusht", "point_maze"])
+def test_a_model_of_another_task_is_refused_before_anything_is_planned(task):
+    wall = qwm.load("wall")
+    with pytest.raises(MismatchError, match=f"trained in task 'wall', and this is '{task}'"):
+        evaluate(wall, task, episodes=1)
+    with pytest.raises(MismatchError, match="trained in task 'wall'"):
+        evaluate_oracle("oracle-state", task, world_model=wall, episodes=1)
+    with pytest.raises(MismatchError, match="trained in task 'wall'"):
+        calibrate(wall, task, episodes=1)

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from quantwm.compute import device_of, parse_bytes, placed, resolve_device, resolve_dtype
 from quantwm.envs import get_task
 from quantwm.errors import CorruptFileError, UsageError
-from quantwm.evaluation import Progress
+from quantwm.evaluation import Progress, check_fits
 from quantwm.files import atomic_path
 from quantwm.fingerprint import model_hash
 from quantwm.planning.defaults import default_iterations, default_planner
@@ -187,10 +187,13 @@ def calibrate(
 
     Raises:
         UsageError: a number out of range, or fewer distinct sequences than `samples`.
+        MismatchError: the model was trained in another task.
+        MissingStatisticsError: the model carries no action statistics.
     """
     if samples < 1:
         raise UsageError(f"samples must be at least 1, got {samples}")
     resolved_task = get_task(task) if isinstance(task, str) else task
+    check_fits(world_model, resolved_task)
     planner = planner or default_planner(resolved_task.name)
     iterations = default_iterations() if mpc_iterations is None else mpc_iterations
     resolved_device = resolve_device(device)

@@ -135,7 +135,7 @@ def _statistics(trajectories: Trajectories) -> dict[str, Any]:
         "state minimum": _rounded(states.min(0)),
         "state mean": _rounded(states.mean(0)),
         "state maximum": _rounded(states.max(0)),
-        "layouts": len({tuple(v) for v in zip(*trajectories.layout.values(), strict=True)}),
+        "layouts": len({tuple(v) for v in zip(*trajectories.layout.values(), strict=True)}) or 1,
     }
 
 

@@ -42,3 +42,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+
+
+class MissingExtraError(QuantWMError):
+    """An optional dependency is needed and not installed.
+
+    Args:
+        what: needs it.
+        package: the one that is missing.
+        extra: of quantwm that installs it.
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'quantwm[{extra}]'")

@@ -18,13 +18,13 @@ from quantwm.compute import (
     resolve_dtype,
 )
 from quantwm.envs import get_task
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import MismatchError, UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations, default_planner
 from quantwm.planning.mpc import Trace, run_episodes
 from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleLatentCost, OracleStateCost
 from quantwm.planning.rollout import ModelCost, ObservedCost
-from quantwm.protocols import Episodes, Planner, Task, WorldModel
+from quantwm.protocols import Episodes, HasTask, Planner, Task, WorldModel
 from quantwm.seeds import SeedBlock, episode_seeds
 from quantwm.statistics import PairedDifference, paired_difference, wilson_interval
 
@@ -114,6 +114,7 @@ def evaluate(
 
     Raises:
         UsageError: an unknown name or a number out of range.
+        MismatchError: the model was trained in another task.
         MissingStatisticsError: the model carries no action statistics.
     """
     settings = _Settings.resolve(
@@ -128,6 +129,7 @@ def evaluate(
         batch_size,
         memory_budget,
     )
+    check_fits(world_model, settings.task)
     placed_model = placed(world_model, settings.device, settings.dtype)
     objective = Objective(world_model.objective_weights)
 
@@ -198,6 +200,7 @@ def evaluate_oracle(
         batch_size,
         memory_budget,
     )
+    check_fits(world_model, settings.task)
     placed_model = placed(world_model, settings.device, settings.dtype)
     objective = Objective(world_model.objective_weights)
 
@@ -209,6 +212,28 @@ def evaluate_oracle(
         )
 
     return Outcome(_run(settings, cost, placed_model, arm or kind, progress))
+
+
+def check_fits(world_model: WorldModel, task: Task) -> None:
+    """Refuse a model that cannot plan in this task.
+
+    Raises:
+        MismatchError: it was trained in another task, or its actions are not the task's.
+        MissingStatisticsError: it carries no action statistics.
+    """
+    origin = world_model.trained_in if isinstance(world_model, HasTask) else ""
+    if origin and origin != task.name:
+        raise MismatchError(
+            f"the world model was trained in task {origin!r}, and this is {task.name!r}: its "
+            "normalisation and what it predicts belong to that task; give a model of this one"
+        )
+    spec = world_model.action_spec
+    if spec.dim != task.action_dim:
+        raise MismatchError(
+            f"the world model plans actions of width {spec.dim}, task {task.name!r} takes "
+            f"{task.action_dim}: give a model that was trained in this task"
+        )
+    spec.denormalize(torch.zeros(1, 1, spec.model_dim))
 
 
 @dataclass(frozen=True)

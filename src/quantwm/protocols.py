@@ -155,13 +155,23 @@ class HasResidualStreams(Protocol):
 
 
 @runtime_checkable
+class HasTask(Protocol):
+    """An optional member of world models, by which a model is kept from planning elsewhere."""
+
+    @property
+    def trained_in(self) -> str:
+        """Name of the task that the model was trained in; "" if it does not say."""
+        ...
+
+
+@runtime_checkable
 class WorldModel(Protocol):
     """A latent world model for planning; an `nn.Module` with these members.
 
-    One that is made of transformers may also have that of `HasResidualStreams`. One whose blocks
-    keep something from call to call, such as keys and values, may also have `whole_windows()`, a
-    context manager without a value under which a block's output depends on its arguments alone:
-    methods that learn block by block run calibration data under it.
+    It may also have that of `HasTask` and, made of transformers, that of `HasResidualStreams`. One
+    whose blocks keep something from call to call, such as keys and values, may also have
+    `whole_windows()`, a context manager without a value under which a block's output depends on
+    its arguments alone: methods that learn block by block run calibration data under it.
     """
 
     action_spec: ActionSpec

@@ -1,12 +1,15 @@
-"""Tasks to plan in, by name. A new task is one new file and one line here."""
+"""Tasks to plan in, by name. A new task is one new module and one line here."""
 
+from collections.abc import Callable
 from typing import Any
 
+from quantwm.envs.point_maze import PointMaze
+from quantwm.envs.pusht import PushT
 from quantwm.envs.wall import Wall
 from quantwm.errors import UsageError, unknown_name
 from quantwm.protocols import Task
 
-TASKS: dict[str, type[Wall]] = {"wall": Wall}
+TASKS: dict[str, Callable[..., Task]] = {"wall": Wall, "pusht": PushT, "point_maze": PointMaze}
 
 
 def get_task(name: str, **settings: Any) -> Task:
@@ -23,4 +26,4 @@ def get_task(name: str, **settings: Any) -> Task:
         raise UsageError(f"task {name!r}: {error}") from error
 
 
-__all__ = ["TASKS", "Wall", "get_task"]
+__all__ = ["TASKS", "PointMaze", "PushT", "Wall", "get_task"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantwm.envs.random_actions import correlated_actions
 from quantwm.protocols import FloatArray
 from quantwm.seeds import keyed_generator
 
@@ -61,7 +62,8 @@ def scripted(task: "Wall", seeds: list[int], steps: int) -> tuple[FloatArray, Fl
     actions = np.empty((len(seeds), steps, 2))
     for i, (generator, kind) in enumerate(zip(generators, kinds, strict=True)):
         if kind == "planner":
-            actions[i] = _correlated(generator, steps)
+            noise = correlated_actions(generator, steps, 2)
+            actions[i] = noise * generator.uniform(0.3, 1.6)
         else:
             door = np.array([layout["wall_x"][i], layout["door_y"][i]], np.float64)
             through = door if kind == "door" else None
@@ -70,15 +72,6 @@ def scripted(task: "Wall", seeds: list[int], steps: int) -> tuple[FloatArray, Fl
     actions = actions.astype(np.float32).astype(np.float64)
     visited = task.rollout(start, layout, actions)
     return np.concatenate([start[:, None], visited], axis=1), actions
-
-
-def _correlated(generator: np.random.Generator, steps: int) -> FloatArray:
-    """Stationary AR(1) actions (steps, 2), correlation 0 to 0.97, deviation 0.3 to 1.6."""
-    correlation = generator.choice([0.0, 0.5, 0.8, 0.9, 0.97])
-    noise = generator.standard_normal((steps, 2))
-    for t in range(1, steps):
-        noise[t] = correlation * noise[t - 1] + np.sqrt(1 - correlation**2) * noise[t]
-    return np.asarray(noise * generator.uniform(0.3, 1.6), np.float64)
 
 
 def _drift(

@@ -189,6 +189,11 @@ class DINOWM(nn.Module):
         self._keep_keys = True
 
     @property
+    def trained_in(self) -> str:
+        """Name of the task that the model was trained in."""
+        return self.config.task
+
+    @property
     def rollout_chunk(self) -> int:
         """Candidates that a CPU core should roll out at once.
 

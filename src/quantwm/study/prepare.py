@@ -10,7 +10,7 @@ import torch
 from quantwm.compute import NUMERICS_VERSION, dtype_name, resolve_device, resolve_dtype
 from quantwm.envs import get_task
 from quantwm.errors import MismatchError, UsageError
-from quantwm.evaluation import ORACLES
+from quantwm.evaluation import ORACLES, check_fits
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import get_method
@@ -115,17 +115,11 @@ def check_usable(world_model: WorldModel, task: Task) -> None:
 
     Raises:
         UsageError: it is quantized already, so that there is no float model to compare with.
-        MismatchError: its actions are not the task's.
+        MismatchError: it was trained in another task, or its actions are not the task's.
         MissingStatisticsError: it carries no action statistics.
     """
     check_is_float(world_model)
-    spec = world_model.action_spec
-    if spec.dim != task.action_dim:
-        raise MismatchError(
-            f"the world model plans actions of width {spec.dim}, task {task.name!r} takes "
-            f"{task.action_dim}: give a model that was trained in this task"
-        )
-    spec.denormalize(torch.zeros(1, 1, spec.model_dim))
+    check_fits(world_model, task)
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
