@@ -8,6 +8,7 @@ import torch
 
 from quantwm.data.collect import collect
 from quantwm.data.latents import FrameIndex, encode_split
+from quantwm.data.sources import Split, rendered
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
 from quantwm.envs import Wall, get_task
 from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
@@ -44,6 +45,10 @@ def model(seed=0):
     return world_model.eval()
 
 
+def split_of(trajectories):
+    return Split(trajectories, rendered(Wall(), trajectories))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return collect(Wall(), tmp_path_factory.mktemp("data"), train=40, validation=10)
@@ -55,7 +60,7 @@ def windows(data, tmp_path_factory):
     world_model, made = model(), {}
     for split, length in (("train", 3), ("validation", 6)):
         trajectories = data.load(split)
-        latents = encode_split(world_model, Wall(), trajectories, cache, split, key={"a": 1})
+        latents = encode_split(world_model, split_of(trajectories), cache, split, key={"a": 1})
         made[split] = Windows(world_model.config, Wall(), trajectories, latents, length)
     return made
 
@@ -130,6 +135,7 @@ def test_frames_are_every_fifth_state_of_each_trajectory():
     index = FrameIndex.every(5, trajectories)
     assert index.state_rows.tolist() == [0, 5, 10, 11, 16, 21]
     assert index.trajectory.tolist() == [0, 0, 0, 1, 1, 1]
+    assert index.steps.tolist() == [0, 5, 10, 0, 5, 10]
 
 
 def test_windows_pair_frames_with_the_actions_between_them(data, windows):
@@ -145,16 +151,16 @@ def test_windows_pair_frames_with_the_actions_between_them(data, windows):
 
 def test_encoding_goes_on_where_it_stopped(data, tmp_path):
     trajectories = data.load("train")
-    whole = encode_split(model(), Wall(), trajectories, tmp_path / "a", "train", key={})
+    whole = encode_split(model(), split_of(trajectories), tmp_path / "a", "train", key={})
     half = tmp_path / "b"
-    encode_split(model(), Wall(), trajectories, half, "train", key={})
+    encode_split(model(), split_of(trajectories), half, "train", key={})
     state = json.loads((half / "train.json").read_text())
     assert state["done"] == len(whole)
     (half / "train.json").write_text(json.dumps({**state, "done": 64}))
-    again = encode_split(model(), Wall(), trajectories, half, "train", key={})
+    again = encode_split(model(), split_of(trajectories), half, "train", key={})
     np.testing.assert_array_equal(whole, again)
     with pytest.raises(MismatchError, match="other data"):
-        encode_split(model(), Wall(), trajectories, half, "train", key={"other": 1})
+        encode_split(model(), split_of(trajectories), half, "train", key={"other": 1})
 
 
 def test_training_starts_close_to_copying_the_frame_and_improves(windows, tmp_path):

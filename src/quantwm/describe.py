@@ -11,13 +11,15 @@ from PIL import Image
 from quantwm import storage
 from quantwm.calibration import Calibration
 from quantwm.compute import dtype_name, package_version, resolve_device, resolve_dtype
-from quantwm.data.trajectories import Trajectories, TrajectoryFolder
+from quantwm.data.sources import DataSet, open_data, stored_task
+from quantwm.data.trajectories import Trajectories
 from quantwm.envs import TASKS
 from quantwm.errors import UsageError
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import method_names
 from quantwm.models.bundled import bundled_names
+from quantwm.protocols import Task
 from quantwm.quant import quantization_of, stored_bytes
 from quantwm.quant.structure import added_multiply_adds
 from quantwm.study.prepare import build_task
@@ -53,8 +55,8 @@ def describe(source: str) -> dict[str, Any]:
     path = Path(source)
     if source in bundled_names() or (path / storage.METADATA_FILE).is_file():
         return _describe_model(source)
-    if TrajectoryFolder(path).exists():
-        return _describe_data(TrajectoryFolder(path))
+    if stored_task(path) is not None:
+        return _describe_data(path)
     if path.is_dir() and ResultsFolder(path).read_config() is not None:
         return _describe_results(ResultsFolder(path))
     if path.is_file() and path.suffix == ".safetensors":
@@ -71,17 +73,13 @@ def contact_sheet(source: str, path: Path) -> None:
     Raises:
         UsageError: `source` is no data set's folder.
     """
-    folder = TrajectoryFolder(Path(source))
-    index = folder.index()
-    task = build_task(index["task"])
-    trajectories = folder.load("train")
-    chosen = np.linspace(0, len(trajectories) - 1, _SHEET_ROWS).astype(int)
+    split = _open(Path(source))[1].splits["train"]
+    lengths = split.trajectories.lengths
+    chosen = np.linspace(0, len(lengths) - 1, _SHEET_ROWS).astype(np.int64)
     sheet = Image.new("RGB", (_SHEET_COLUMNS * _THUMBNAIL, _SHEET_ROWS * _THUMBNAIL))
     for row, trajectory in enumerate(chosen):
-        steps = np.linspace(0, trajectories.lengths[trajectory], _SHEET_COLUMNS).astype(int)
-        states = trajectories.states[trajectories.state_offsets[trajectory] + steps]
-        layout = {k: v[trajectory : trajectory + 1] for k, v in trajectories.layout.items()}
-        frames = task.observe(states[None], layout)["visual"][0]
+        steps = np.linspace(0, lengths[trajectory], _SHEET_COLUMNS).astype(np.int64)
+        frames = split.frames(np.full(_SHEET_COLUMNS, trajectory), steps)
         for column, frame in enumerate(frames):
             thumbnail = Image.fromarray(frame).resize((_THUMBNAIL, _THUMBNAIL))
             sheet.paste(thumbnail, (column * _THUMBNAIL, row * _THUMBNAIL))
@@ -113,13 +111,20 @@ def _describe_model(source: str) -> dict[str, Any]:
     return facts | {"config": world_model.config.to_dict()}
 
 
-def _describe_data(folder: TrajectoryFolder) -> dict[str, Any]:
-    index = folder.index()
-    facts: dict[str, Any] = {"kind": "trajectories", "task": index["task"]}
-    facts["origin"] = index["origin"]
-    for split in ("train", "validation"):
-        trajectories = folder.load(split)
-        facts[split] = _statistics(trajectories)
+def _open(folder: Path) -> tuple[Task, DataSet]:
+    settings = stored_task(folder)
+    if settings is None:
+        raise UsageError(f"{folder} holds no data set")
+    task = build_task(settings)
+    return task, open_data(folder, task)
+
+
+def _describe_data(folder: Path) -> dict[str, Any]:
+    task, data = _open(folder)
+    facts: dict[str, Any] = {"kind": "trajectories", "task": task.settings()}
+    facts["origin"] = dict(data.origin)
+    for name, split in data.splits.items():
+        facts[name] = _statistics(split.trajectories)
     return facts
 
 

@@ -1,5 +1,6 @@
 """Commands that make models: collect, train, calibrate, quantize."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,9 @@ def collect(
     train: Annotated[int, typer.Option(help="Training trajectories.")] = 12_000,
     validation: Annotated[int, typer.Option(help="Validation trajectories.")] = 500,
     seed: Annotated[int, typer.Option(help="Another seed gives other trajectories.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that simulate; default: one a core.")
+    ] = None,
 ) -> None:
     """Collect trajectories with the task's scripted policy. Run again to continue."""
     with exit_codes("Complete shards are kept: run the same command to go on."):
@@ -29,6 +33,7 @@ def collect(
                 train=train,
                 validation=validation,
                 seed=seed,
+                workers=workers or os.cpu_count() or 1,
                 progress=counter(progress, f"collect {task}"),
             )
         out.print(f"{train} training and {validation} validation trajectories in {store.folder}")
@@ -37,7 +42,7 @@ def collect(
 @app.command(epilog="Example: quantwm train wall --data data/wall --out runs/wall")
 def train(
     task: TaskName,
-    data: Annotated[Path, typer.Option(help="Folder that `quantwm collect` wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of `quantwm collect`, or DINO-WM's data set.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for model and checkpoints.")],
     cache: Annotated[
         Path | None, typer.Option(help="Folder for cached latents (GBs); default OUT/latents.")

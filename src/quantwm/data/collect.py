@@ -1,6 +1,9 @@
 """Collecting trajectories with a task's scripted policy."""
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +43,7 @@ def collect(
     train: int = DEFAULT_COUNTS["train"],
     validation: int = DEFAULT_COUNTS["validation"],
     seed: int = 0,
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrajectoryFolder:
     """Write scripted trajectories in shards; shards that are there already are kept.
@@ -49,6 +53,7 @@ def collect(
         folder: where to; made if it is not there.
         train, validation: trajectories of each split, from disjoint seed blocks.
         seed: 0 to 65,000; another seed gives other trajectories.
+        workers: processes that simulate; the data do not depend on how many.
         progress: called with (trajectories done, of how many).
 
     Raises:
@@ -59,28 +64,61 @@ def collect(
         raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
     if train < 1 or validation < 1:
         raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
     store = TrajectoryFolder(folder)
     counts: dict[SeedBlock, int] = {"train": train, "validation": validation}
     store.begin(
         task.settings(),
         {"policy": task.policy, "seed": seed, "train": train, "validation": validation},
     )
-    done, total = 0, train + validation
-    for split, count in counts.items():
-        for shard, first in enumerate(range(0, count, SHARD)):
-            size = min(SHARD, count - first)
-            name = f"{split}-{shard:04d}-{size}"
-            if not store.has_shard(name):
-                # Each shard takes a seed of its own, so that a block never runs out of episodes.
-                seeds = episode_seeds(split, seed + shard, size)
-                store.add_shard(name, split, _shard(task, seeds))
-            done += size
-            if progress is not None:
-                progress(done, total)
+    shards = [shard for split, count in counts.items() for shard in _shards(split, count, seed)]
+    missing = [shard for shard in shards if not store.has_shard(shard.name)]
+    done, total = (
+        train + validation - sum(len(shard.seeds) for shard in missing),
+        train + validation,
+    )
+    for shard, trajectories in zip(missing, _simulated(task, missing, workers), strict=True):
+        store.add_shard(shard.name, shard.split, trajectories)
+        done += len(shard.seeds)
+        if progress is not None:
+            progress(done, total)
     return store
 
 
-def _shard(task: Scripted, seeds: list[int]) -> Trajectories:
+@dataclass(frozen=True)
+class _Shard:
+    """Trajectories that are simulated and stored together."""
+
+    name: str
+    split: SeedBlock
+    seeds: list[int]
+
+
+def _shards(split: SeedBlock, count: int, seed: int) -> Iterator[_Shard]:
+    for number, first in enumerate(range(0, count, SHARD)):
+        size = min(SHARD, count - first)
+        # Each shard takes a seed of its own, so that a block never runs out of episodes.
+        seeds = episode_seeds(split, seed + number, size)
+        yield _Shard(f"{split}-{number:04d}-{size}", split, seeds)
+
+
+def _simulated(task: Scripted, shards: list[_Shard], workers: int) -> Iterator[Trajectories]:
+    """The trajectories of each shard, in order."""
+    if workers == 1 or len(shards) < 2:
+        yield from (_simulate(task, shard.seeds) for shard in shards)
+        return
+    # Spawned, not forked: a fork of a process with torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=context) as pool:
+        try:
+            futures = [pool.submit(_simulate, task, shard.seeds) for shard in shards]
+            yield from (future.result() for future in futures)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _simulate(task: Scripted, seeds: list[int]) -> Trajectories:
     steps = task.trajectory_steps
     states, actions = task.scripted(seeds, steps)
     return Trajectories(

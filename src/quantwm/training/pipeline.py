@@ -4,13 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quantwm.compute import resolve_device
 from quantwm.data.latents import encode_split
-from quantwm.data.trajectories import Trajectories, TrajectoryFolder
-from quantwm.errors import MismatchError, UsageError, unknown_name
-from quantwm.files import sha256_file
+from quantwm.data.sources import open_data
+from quantwm.data.statistics import Statistics
+from quantwm.errors import UsageError, unknown_name
 from quantwm.models.checkpoint import ENCODER_SHA256, new_world_model, save_world_model
 from quantwm.models.dino_wm import DINOWM, DINOWMConfig, PredictorConfig
 from quantwm.protocols import Task
@@ -29,15 +27,35 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 98,
             "num_hist": 1,
             "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
-        }
+        },
+        "pusht": {
+            "image_size": 98,
+            "num_hist": 3,
+            "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
+        },
+        "point_maze": {
+            "image_size": 98,
+            "num_hist": 3,
+            "proprio_weight": 0.0,
+            "predictor": PredictorConfig(2, 4, 64, 512, dropout=0.0),
+        },
     },
-    "paper": {"wall": {"image_size": 196, "num_hist": 1, "predictor": PredictorConfig()}},
+    "paper": {
+        "wall": {"image_size": 196, "num_hist": 1, "predictor": PredictorConfig()},
+        "pusht": {"image_size": 196, "num_hist": 3, "predictor": PredictorConfig()},
+        "point_maze": {
+            "image_size": 196,
+            "num_hist": 3,
+            "proprio_weight": 0.0,
+            "predictor": PredictorConfig(),
+        },
+    },
 }
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
 
 
-def model_config(task: Task, trajectories: Trajectories, scale: str) -> DINOWMConfig:
-    """The configuration of a scale with the statistics of the training data.
+def model_config(task: Task, statistics: Statistics, scale: str) -> DINOWMConfig:
+    """The configuration of a scale with the statistics of a data set.
 
     Raises:
         UsageError: an unknown scale, or a task that has none of that name.
@@ -46,16 +64,11 @@ def model_config(task: Task, trajectories: Trajectories, scale: str) -> DINOWMCo
         raise unknown_name("scale", scale, SCALES)
     if task.name not in SCALES[scale]:
         raise unknown_name(f"task of scale {scale!r}", task.name, SCALES[scale])
-    actions = trajectories.actions.astype(np.float64)
-    proprio = task.proprio(trajectories.states).astype(np.float64)
     return DINOWMConfig(
         task=task.name,
         action_dim=task.action_dim,
         proprio_dim=task.proprio_dim,
-        action_mean=tuple(actions.mean(0).tolist()),
-        action_std=tuple(actions.std(0).tolist()),
-        proprio_mean=tuple(proprio.mean(0).tolist()),
-        proprio_std=tuple(proprio.std(0).tolist()),
+        **statistics.to_dict(),
         **SCALES[scale][task.name],
     )
 
@@ -76,7 +89,7 @@ def train_task(
 
     Args:
         task: must be the one the data were collected in.
-        data: a trajectory folder.
+        data: a folder that `quantwm collect` wrote, or DINO-WM's own data set.
         out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`.
         cache: receives the latents; a few GB, best outside of any synchronised folder.
         scale: "compact" or "paper".
@@ -87,30 +100,24 @@ def train_task(
         UsageError: no data there, or an unknown scale.
         MismatchError: the folders belong to other data, another task or other settings.
     """
-    folder = TrajectoryFolder(data)
-    stored = folder.index()["task"]
-    if stored != task.settings():
-        raise MismatchError(f"{data} was collected in {stored}, not in {task.settings()}")
-    splits = {split: folder.load(split) for split in ("train", "validation")}
-    world_model = new_world_model(model_config(task, splits["train"], scale))
+    data_set = open_data(data, task)
+    world_model = new_world_model(model_config(task, data_set.statistics, scale))
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
         parameter.requires_grad_(False)
     key = {
-        "data": sha256_file(folder.index_path),
+        **data_set.key,
         "encoder": ENCODER_SHA256,
         "image_size": world_model.config.image_size,
     }
     history = world_model.config.num_hist
     lengths = {"train": history + settings.unroll, "validation": history + HORIZON}
     windows = {}
-    for split, trajectories in splits.items():
-        latents = encode_split(
-            world_model, task, trajectories, cache, split, key=key, progress=encoding
-        )
+    for split, part in data_set.splits.items():
+        latents = encode_split(world_model, part, cache, split, key=key, progress=encoding)
         try:
             windows[split] = Windows(
-                world_model.config, task, trajectories, latents, lengths[split]
+                world_model.config, task, part.trajectories, latents, lengths[split]
             )
         except ValueError as error:
             raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error

@@ -1,0 +1,100 @@
+"""A data set to train on, whoever wrote it: trajectories, their frames, their statistics."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from quantwm.data import dino_wm_layout
+from quantwm.data.statistics import Statistics, of_trajectories
+from quantwm.data.trajectories import Trajectories, TrajectoryFolder
+from quantwm.errors import MismatchError, UsageError
+from quantwm.files import sha256_file
+from quantwm.protocols import Task
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Frames: TypeAlias = Callable[[IntArray, IntArray], npt.NDArray[np.uint8]]
+"""(trajectories (n,), their steps (n,)) → frames (n, H, W, 3)."""
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Trajectories and where their frames come from."""
+
+    trajectories: Trajectories
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that is ready to be trained on.
+
+    Attributes:
+        splits: "train" and "validation".
+        statistics: that actions and proprioception are normalised with.
+        key: JSON values that say which data these are.
+        origin: how they came about.
+    """
+
+    splits: Mapping[str, Split]
+    statistics: Statistics
+    key: Mapping[str, Any]
+    origin: Mapping[str, Any]
+
+
+def stored_task(folder: Path) -> dict[str, Any] | None:
+    """The settings of the task that a folder's data are of; None if it holds no data set."""
+    store = TrajectoryFolder(folder)
+    if store.exists():
+        return dict(store.index()["task"])
+    name = dino_wm_layout.task_of(folder)
+    return None if name is None else {"name": name}
+
+
+def open_data(folder: Path, task: Task) -> DataSet:
+    """A folder that `quantwm collect` wrote, or one of DINO-WM's.
+
+    Raises:
+        UsageError: the folder holds neither.
+        MismatchError: the data are another task's.
+        CorruptFileError: a file is missing or damaged; names it.
+    """
+    store = TrajectoryFolder(folder)
+    if store.exists():
+        index = store.index()
+        if index["task"] != task.settings():
+            raise MismatchError(
+                f"{folder} was collected in {index['task']}, not in {task.settings()}"
+            )
+        loaded = {name: store.load(name) for name in SPLITS}
+        splits = {name: Split(part, rendered(task, part)) for name, part in loaded.items()}
+        statistics = of_trajectories(task, loaded["train"])
+        key = {"data": sha256_file(store.index_path)}
+        return DataSet(splits, statistics, key, index["origin"])
+    if dino_wm_layout.task_of(folder) is not None:
+        parts, statistics, key = dino_wm_layout.read(folder, task)
+        return DataSet(
+            {name: Split(part.trajectories, part.frames) for name, part in parts.items()},
+            statistics,
+            key,
+            {"source": "a data set in DINO-WM's layout"},
+        )
+    raise UsageError(
+        f"{folder} holds no data set: neither dataset.json, as 'quantwm collect' writes it, nor "
+        "states.pth, as DINO-WM's data sets have it"
+    )
+
+
+def rendered(task: Task, trajectories: Trajectories) -> Frames:
+    """Frames that the task draws from the states, bit for bit the same each time."""
+
+    def frames(trajectory: IntArray, steps: IntArray) -> npt.NDArray[np.uint8]:
+        rows = trajectories.state_offsets[trajectory] + steps
+        layout = {name: values[trajectory] for name, values in trajectories.layout.items()}
+        return task.observe(trajectories.states[rows][:, None], layout)["visual"][:, 0]
+
+    return frames
