@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quantwm.bench.machine import AttentionRow
     from quantwm.bench.methods import MethodRow
     from quantwm.bench.planner import PlannerReport, PlannerRow
+    from quantwm.diagnostics.rollouts import RolloutDiagnosis
     from quantwm.study.dry_run import CellPlan
 
 EXIT_FAILED = 1
@@ -256,6 +257,26 @@ def print_methods_bench(rows: Iterable["MethodRow"]) -> None:
     _print_whole(table)
     for reason, which in refused.items():
         out.print(f"{', '.join(which)}: {reason}", markup=False, highlight=False)
+
+
+def print_rollout_diagnosis(diagnosis: "RolloutDiagnosis") -> None:
+    """Errors of imagined latents by model step, then what they do to the choice of candidates."""
+    parts = [(name or "latent", name) for name in diagnosis.error]
+    names = [f"{shown}\n{kind}" for shown, _ in parts for kind in ("imagined", "unchanged")]
+    table = _columns("model step", *(_right(name) for name in names))
+    for step in range(len(next(iter(diagnosis.error.values())))):
+        values = [v[name][step] for _, name in parts for v in (diagnosis.error, diagnosis.still)]
+        table.add_row(str(step + 1), *(f"{value:.3f}" for value in values))
+    _print_whole(table)
+    facts = diagnosis.to_dict()
+    out.print(
+        "candidates, imagined against true costs: rank correlation "
+        f"{facts['rank_correlation']:.2f}, {facts['elite_overlap']:.2f} of the {facts['elites']} "
+        f"cheapest in common; the favourite ends {facts['regret']:.3g} further from the goal than "
+        f"the best candidate (by true costs {facts['true_regret']:.3g}); means over "
+        f"{facts['episodes']} episodes",
+        highlight=False,
+    )
 
 
 def print_json(value: Any) -> None:
