@@ -121,7 +121,7 @@ def test_bad_input_is_refused():
     with pytest.raises(UsageError, match="width 7, got 5"):
         task.rollout(states[:, :5], {}, np.zeros((2, 5, 2)))
     states[1, 2] = 700
-    with pytest.raises(UsageError, match=r"episode 1 starts with agent and block at .*700"):
+    with pytest.raises(UsageError, match=r"episode 1 starts at .*700"):
         task.start(Episodes(np.arange(2), states, states, {}))
     states[1, 2] = np.nan
     with pytest.raises(UsageError, match="finite"):

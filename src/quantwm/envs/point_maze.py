@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quantwm.envs import point_maze_view
+from quantwm.envs.arrays import check_actions, check_places, check_states
 from quantwm.envs.point_maze_physics import step
 from quantwm.envs.point_maze_policy import POLICY, scripted
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import unknown_name
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
 
 SUCCESS_DISTANCE = 0.5
@@ -91,15 +92,8 @@ class PointMaze:
         Raises:
             UsageError: a state of another width, not finite, or outside of the maze.
         """
-        _check_states(episodes.start)
-        places = episodes.start[:, :2]
-        outside = ((places < _BOARD[0]) | (places > _BOARD[1])).any(axis=1)
-        if outside.any():
-            first = int(np.flatnonzero(outside)[0])
-            raise UsageError(
-                f"PointMaze's positions are {_BOARD[0]} to {_BOARD[1]}, and episode {first} "
-                f"starts at {places[first].round(3).tolist()}"
-            )
+        check_states("PointMaze", episodes.start, STATE_DIM)
+        check_places("PointMaze", episodes.start[:, :2], *_BOARD, "")
         return PointMazeSimulation(self, episodes.start.copy())
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
@@ -109,11 +103,8 @@ class PointMaze:
             UsageError: states or actions of another width, or not finite.
         """
         del layout
-        _check_states(states)
-        if actions.shape[-1] != self.action_dim:
-            raise UsageError(f"PointMaze actions have width 2, got {actions.shape[-1]}")
-        if not np.isfinite(actions).all():
-            raise UsageError("PointMaze actions must be finite, got NaN or infinity")
+        check_states("PointMaze", states, STATE_DIM)
+        check_actions("PointMaze", actions, self.action_dim)
         visited = np.empty((*actions.shape[:2], STATE_DIM))
         for t in range(actions.shape[1]):
             states = step(states, actions[:, t])
@@ -157,10 +148,3 @@ class PointMazeSimulation:
         visited = self._task.rollout(self._states[index], {}, actions)
         self._states[index] = visited[:, -1]
         return visited
-
-
-def _check_states(states: FloatArray) -> None:
-    if states.shape[-1] != STATE_DIM:
-        raise UsageError(f"PointMaze states have width {STATE_DIM}, got {states.shape[-1]}")
-    if not np.isfinite(states).all():
-        raise UsageError("PointMaze states must be finite, got NaN or infinity")

@@ -19,10 +19,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from quantwm.envs.arrays import check_actions, check_places, check_states
 from quantwm.envs.pusht_physics import AGENT_RADIUS, BLOCKS, STATE_DIM, WINDOW, PushTWorld
 from quantwm.envs.pusht_policy import POLICY, scripted
 from quantwm.envs.pusht_view import draw
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import unknown_name
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
 from quantwm.seeds import keyed_generator
 
@@ -111,22 +112,16 @@ class PushT:
         Raises:
             UsageError: a state of another width, not finite, or off the table.
         """
-        _check_states(episodes.start)
-        places = episodes.start[:, :4]
-        outside = ((places < -AGENT_RADIUS) | (places > WINDOW + AGENT_RADIUS)).any(axis=1)
-        if outside.any():
-            first = int(np.flatnonzero(outside)[0])
-            raise UsageError(
-                f"PushT's table is 0 to {WINDOW} pixels wide, and episode {first} starts with "
-                f"agent and block at {places[first].round(1).tolist()}"
-            )
+        check_states("PushT", episodes.start, STATE_DIM)
+        low, high = -AGENT_RADIUS, WINDOW + AGENT_RADIUS
+        check_places("PushT", episodes.start[:, :4], low, high, " pixels")
         return PushTSimulation(self.shape, episodes.start)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
         """True dynamics from blocks at rest: (B, 7), raw actions (B, T, 2) → states (B, T, 7)."""
         del layout
-        _check_states(states)
-        _check_actions(actions)
+        check_states("PushT", states, STATE_DIM)
+        check_actions("PushT", actions, self.action_dim)
         visited = np.empty((*actions.shape[:2], STATE_DIM))
         for state, moves, out in zip(states, actions, visited, strict=True):
             world = PushTWorld(self.shape, state, settle=False)
@@ -173,7 +168,7 @@ class PushTSimulation:
 
     def step(self, index: npt.NDArray[np.intp], actions: FloatArray) -> FloatArray:
         """Execute raw actions (len(index), T, 2); returns the states after each."""
-        _check_actions(actions)
+        check_actions("PushT", actions, PushT.action_dim)
         visited = np.empty((*actions.shape[:2], STATE_DIM))
         for episode, moves, out in zip(index.tolist(), actions, visited, strict=True):
             for t, action in enumerate(moves.tolist()):
@@ -188,18 +183,3 @@ def _errors(states: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArr
     position = np.linalg.norm(difference[..., :4], axis=-1)
     turned = np.abs(difference[..., 4]) % (2 * np.pi)
     return np.asarray(position), np.asarray(np.minimum(turned, 2 * np.pi - turned))
-
-
-def _check_actions(actions: FloatArray) -> None:
-    """Refuse what the engine would take silently."""
-    if actions.shape[-1] != PushT.action_dim:
-        raise UsageError(f"PushT actions have width 2, got {actions.shape[-1]}")
-    if not np.isfinite(actions).all():
-        raise UsageError("PushT actions must be finite, got NaN or infinity")
-
-
-def _check_states(states: FloatArray) -> None:
-    if states.shape[-1] != STATE_DIM:
-        raise UsageError(f"PushT states have width {STATE_DIM}, got {states.shape[-1]}")
-    if not np.isfinite(states).all():
-        raise UsageError("PushT states must be finite, got NaN or infinity")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.checks import is_integer
+from quantwm.envs.arrays import check_actions
 from quantwm.envs.wall_policy import POLICY, scripted
 from quantwm.errors import UsageError
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -129,10 +130,7 @@ class Wall:
         Raises:
             UsageError: actions of another width, or not finite.
         """
-        if actions.shape[-1] != self.action_dim:
-            raise UsageError(f"Wall actions have width 2, got {actions.shape[-1]}")
-        if not np.isfinite(actions).all():
-            raise UsageError("Wall actions must be finite, got NaN or infinity")
+        check_actions("Wall", actions, self.action_dim)
         wall_x = np.asarray(layout["wall_x"], np.float64)
         door_y = np.asarray(layout["door_y"], np.float64)
         target = states + actions * ACTION_SCALE
