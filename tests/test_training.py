@@ -1,6 +1,8 @@
 """Collecting, caching latents and training: resumable, and really learning."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,22 +25,22 @@ SETTINGS = TrainingSettings(
 )
 
 
-def model(seed=0):
+def model(seed=0, **changes):
     torch.manual_seed(seed)
-    config = DINOWMConfig(
-        task="wall",
-        action_dim=2,
-        proprio_dim=2,
-        encoder=EncoderConfig(1, 24, 3, patch_size=14, pretrained_grid=3),
-        predictor=PredictorConfig(1, 2, 8, 32, dropout=0.0),
-        image_size=28,
-        num_hist=1,
-        action_mean=(0.0, 0.0),
-        action_std=(0.8, 0.8),
-        proprio_mean=(32.0, 32.0),
-        proprio_std=(15.0, 15.0),
-    )
-    world_model = DINOWM(config)
+    settings = {
+        "task": "wall",
+        "action_dim": 2,
+        "proprio_dim": 2,
+        "encoder": EncoderConfig(1, 24, 3, patch_size=14, pretrained_grid=3),
+        "predictor": PredictorConfig(1, 2, 8, 32, dropout=0.0),
+        "image_size": 28,
+        "num_hist": 1,
+        "action_mean": (0.0, 0.0),
+        "action_std": (0.8, 0.8),
+        "proprio_mean": (32.0, 32.0),
+        "proprio_std": (15.0, 15.0),
+    }
+    world_model = DINOWM(DINOWMConfig(**settings | changes))
     with torch.no_grad():
         for parameter in world_model.encoder.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -196,6 +198,33 @@ def test_one_step_loss_against_the_definition(windows):
     proprio = (world_model.predict(tokens[:, None])[:, 0, :, 24:34] - truth[:, None]) ** 2
     expected = torch.cat([visual, proprio], dim=-1).mean()
     torch.testing.assert_close(window_loss(world_model, batch, unroll=1), expected)
+
+
+@pytest.mark.parametrize("concat_dim", [0, 1])
+@pytest.mark.parametrize("num_hist", [1, 3])
+def test_further_losses_are_those_of_rollouts_from_the_first_frame(windows, num_hist, concat_dim):
+    """Each is the error of what the planner's own rollout imagines, the action part left out.
+
+    One patch a frame, so that the decoded proprioception, which is the first token's, is all of it.
+    """
+    wide = {"action_emb_dim": 24, "proprio_emb_dim": 24} if concat_dim == 0 else {}
+    world_model = model(num_hist=num_hist, concat_dim=concat_dim, image_size=14, **wide)
+    batch = windows["validation"].batch(np.arange(4))
+    batch = replace(batch, visual=batch.visual[:, :, :1])
+    latent = {
+        "visual": batch.visual[:, :1],
+        "proprio": world_model.embed_proprio(batch.proprio[:, :1]),
+    }
+    imagined = world_model.rollout(latent, batch.actions[:, None, :5])
+    truth = world_model.embed_proprio(batch.proprio)
+    errors = [
+        (imagined["visual"][:, 0] - batch.visual).flatten(2),
+        imagined["proprio"][:, 0] - truth,
+    ]
+    expected = torch.cat(errors, dim=-1).square().mean((0, 2))
+    sums = [window_loss(world_model, batch, unroll) * unroll for unroll in (1, 2, 3, 4)]
+    further = torch.stack([after - before for before, after in pairwise(sums)])
+    torch.testing.assert_close(further, expected[2:5], rtol=1e-4, atol=1e-6)
 
 
 def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path):

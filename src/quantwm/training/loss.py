@@ -8,37 +8,39 @@ from quantwm.models.dino_wm import DINOWM
 from quantwm.training.batches import Batch, Windows
 
 
-def window_loss(world_model: DINOWM, batch: Batch, unroll: int) -> Tensor:
-    """MSE of the predicted visual and proprio parts, averaged over `unroll` fed-back steps.
+def window_length(world_model: DINOWM, unroll: int) -> int:
+    """Frames that `window_loss` reads."""
+    return max(world_model.config.num_hist, unroll) + 1
 
-    A window has num_hist + unroll frames. With `unroll` 1 this is DINO-WM's loss.
+
+def window_loss(world_model: DINOWM, batch: Batch, unroll: int) -> Tensor:
+    """MSE of the predicted visual and proprio parts.
+
+    The mean of `unroll` losses: that of all frames predicted from true ones before them, which is
+    DINO-WM's loss, and of each further frame imagined as planning does it: from the first frame
+    on, predictions fed back, the window growing to `num_hist` frames.
     """
     history = world_model.config.num_hist
     frames, target = embedded_frames(world_model, batch)
-    window = [frames[:, t] for t in range(history)]
     action = world_model.embed_actions(batch.actions)
-    width = world_model.config.action_width
-    losses = []
-    for ahead in range(unroll):
-        predicted = world_model.predict(torch.stack(window[-history:], dim=1))
-        if ahead == 0:
-            goal = target[:, 1 : history + 1]
-            losses.append(_observation_error(predicted, goal, world_model))
-        else:
-            goal = target[:, history + ahead]
-            losses.append(_observation_error(predicted[:, -1], goal, world_model))
-        if ahead + 1 < unroll:
-            newest = predicted[:, -1].float()
-            if world_model.config.concat_dim == 0:
-                follow = torch.cat([newest[:, :-1], action[:, history + ahead, None]], dim=1)
-            else:
-                repeated = action[:, history + ahead].repeat(
-                    1, world_model.config.num_action_repeat
-                )
-                tiled = repeated[:, None].expand(-1, newest.shape[1], -1)
-                follow = torch.cat([newest[..., :-width], tiled], dim=-1)
-            window.append(follow)
+    predicted = world_model.predict(frames[:, :history])
+    losses = [_observation_error(predicted, target[:, 1 : history + 1], world_model)]
+    imagined, newest = [frames[:, 0]], predicted[:, 0]
+    for ahead in range(1, unroll):
+        imagined.append(_with_action(world_model, newest.float(), action[:, ahead]))
+        newest = world_model.predict(torch.stack(imagined[-history:], dim=1))[:, -1]
+        losses.append(_observation_error(newest, target[:, ahead + 1], world_model))
     return torch.stack(losses).mean()
+
+
+def _with_action(world_model: DINOWM, tokens: Tensor, action: Tensor) -> Tensor:
+    """A frame's tokens (B, tokens, width) with their action part replaced by (B, E)."""
+    config = world_model.config
+    if config.concat_dim == 0:
+        return torch.cat([tokens[:, :-1], action[:, None]], dim=1)
+    repeated = action.repeat(1, config.num_action_repeat)
+    tiled = repeated[:, None].expand(-1, tokens.shape[1], -1)
+    return torch.cat([tokens[..., : -config.action_width], tiled], dim=-1)
 
 
 def embedded_frames(world_model: DINOWM, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -55,31 +57,33 @@ def embedded_frames(world_model: DINOWM, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def validate(world_model: DINOWM, windows: Windows, samples: int = 256) -> dict[str, float]:
-    """Rollout error on the first `samples` windows, against repeating the first frame.
+    """Error of rollouts from one frame, as planning has it, against repeating that frame.
+
+    Args:
+        samples: windows, spread evenly over all.
 
     Returns:
         one_step and rollout (mean squared error of the visual latent one and all steps ahead),
-        one_step_ratio and rollout_ratio (those over copying the last observed frame).
+        one_step_ratio and rollout_ratio (those over copying the observed frame).
     """
     training = world_model.training
     world_model.eval()
-    history = world_model.config.num_hist
     sums: dict[str, float] = {"one_step": 0, "rollout": 0, "copy_one": 0, "copy_all": 0}
     chosen = np.linspace(0, len(windows) - 1, min(samples, len(windows))).astype(np.int64)
     for begin in range(0, len(chosen), 32):
         batch = windows.batch(chosen[begin : begin + 32]).to(world_model.device)
         with torch.autocast(world_model.device.type, torch.bfloat16):
             latent = {
-                "visual": batch.visual[:, :history],
-                "proprio": world_model.embed_proprio(batch.proprio[:, :history]),
+                "visual": batch.visual[:, :1],
+                "proprio": world_model.embed_proprio(batch.proprio[:, :1]),
             }
             ahead = batch.visual.shape[1] - 1
             predicted = world_model.rollout(latent, batch.actions[:, None, :ahead])["visual"][:, 0]
-        last, truth = batch.visual[:, history - 1], batch.visual
-        sums["one_step"] += _sum_mse(predicted[:, history], truth[:, history])
+        first, truth = batch.visual[:, 0], batch.visual
+        sums["one_step"] += _sum_mse(predicted[:, 1], truth[:, 1])
         sums["rollout"] += _sum_mse(predicted[:, -1], truth[:, -1])
-        sums["copy_one"] += _sum_mse(last, truth[:, history])
-        sums["copy_all"] += _sum_mse(last, truth[:, -1])
+        sums["copy_one"] += _sum_mse(first, truth[:, 1])
+        sums["copy_all"] += _sum_mse(first, truth[:, -1])
     world_model.train(training)
     count = len(chosen)
     return {

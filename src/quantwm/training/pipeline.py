@@ -14,6 +14,7 @@ from quantwm.models.dino_wm import DINOWM, DINOWMConfig, PredictorConfig
 from quantwm.protocols import Task
 from quantwm.training.batches import Windows
 from quantwm.training.initialization import initialize
+from quantwm.training.loss import window_length
 from quantwm.training.train import Report, TrainingSettings, train
 
 MODEL_FOLDER = "model"
@@ -110,8 +111,10 @@ def train_task(
         "encoder": ENCODER_SHA256,
         "image_size": world_model.config.image_size,
     }
-    history = world_model.config.num_hist
-    lengths = {"train": history + settings.unroll, "validation": history + HORIZON}
+    lengths = {
+        "train": window_length(world_model, settings.unroll),
+        "validation": HORIZON + 1,
+    }
     windows = {}
     for split, part in data_set.splits.items():
         latents = encode_split(world_model, part, cache, split, key=key, progress=encoding)

@@ -28,7 +28,8 @@ class TrainingSettings:
         batch_size: windows a step.
         learning_rate: peak of AdamW's rate, after `warmup` steps; cosine decay to zero.
         weight_decay: AdamW's, on matrices only.
-        unroll: predictions of a window, each fed back for the next; 1 is DINO-WM's loss.
+        unroll: losses a window: DINO-WM's own, and of each further frame imagined from the first
+            one on; 1 is DINO-WM's alone.
         ema: decay of the averaged weights that are kept.
         clip: largest gradient norm.
         checkpoint_every, validate_every: steps.
