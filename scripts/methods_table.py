@@ -4,7 +4,8 @@ python scripts/methods_table.py results/wall-methods/episodes.parquet
 
 Arms are read by their short names, SCHEME or SCHEME@METHOD; each cell of the table is the success
 rate with its 95% interval, and a star where the difference to the float arm is separable from zero
-(exact McNemar test, p < 0.05, not corrected for the number of arms).
+(exact McNemar test, p < 0.05, not corrected for the number of arms). Then the arms that are
+separable so from rounding to nearest under the same scheme, with the paired difference.
 """
 
 import argparse
@@ -40,6 +41,21 @@ def main() -> None:
                 cells = [cell(rows, reference) if rows else "–" for rows in found]
                 print(f"| `{method}` | " + " | ".join(cells) + " |")
         print()
+    print_gains(arms)
+
+
+def print_gains(arms: dict[str, list[dict]]) -> None:
+    """The methods that differ from rounding to nearest, pair by pair."""
+    compared = [name for name in arms if "@" in name]
+    print(f"| of {len(compared)} arms | against rounding to nearest | p |")
+    print("| --- | --- | --- |")
+    for name in compared:
+        plain = {row["episode_seed"]: bool(row["success"]) for row in arms[name.split("@")[0]]}
+        own = [bool(row["success"]) for row in arms[name]]
+        paired = paired_difference(own, [plain[row["episode_seed"]] for row in arms[name]])
+        if paired.p_value < 0.05:
+            interval = f"[{paired.low:+.2f}, {paired.high:+.2f}]"
+            print(f"| `{name}` | {paired.difference:+.2f} {interval} | {paired.p_value:.2g} |")
 
 
 def cell(rows: list[dict], reference: dict[int, bool] | None) -> str:
