@@ -227,3 +227,15 @@ def test_bad_usage_is_refused(changes, says):
 def test_a_subject_needs_candidates():
     with pytest.raises(UsageError, match="candidates must be at least 1, got 0"):
         subject(candidates=0)
+
+
+def test_calibration_takes_candidates_from_all_episodes_in_turn():
+    several = subject().with_episodes(3)
+    calibration = several.calibration(7)
+    assert calibration.frame.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert len(calibration.visual) == 6, "starts and goals"
+    torch.testing.assert_close(
+        torch.from_numpy(calibration.actions[4]), several.actions[1, 1], rtol=0, atol=0
+    )
+    with pytest.raises(UsageError, match="1 to 36, got 37"):
+        several.calibration(37)

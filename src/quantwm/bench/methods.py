@@ -27,6 +27,8 @@ from quantwm.quant import QuantLinear, QuantPlan
 
 Progress = Callable[[int, int], None]
 PAPER = "paper"
+_PAPER_EPISODES = 8
+"""Episodes whose frames calibrate it: methods that hold a part out need some."""
 PARTS = ("encoder", "predictor")
 DEFAULT_METHODS = (
     "rtn",
@@ -166,7 +168,7 @@ def _subject(
     source: str, calibration_file: Path | None, samples: int | None
 ) -> tuple[DINOWM, Calibration]:
     if source == PAPER:
-        subject = subject_of(PAPER)
+        subject = subject_of(PAPER).with_episodes(_PAPER_EPISODES)
         return subject.world_model, subject.calibration(samples or 32)
     assert calibration_file is not None
     calibration = Calibration.load(calibration_file)

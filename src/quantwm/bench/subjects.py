@@ -82,7 +82,7 @@ class Subject:
         return episodes, candidates, horizon
 
     def calibration(self, samples: int | None = None) -> Calibration:
-        """Some of the candidates, from the first episode's frame.
+        """Some of the candidates, from the episodes in turn, and all episodes' frames.
 
         Args:
             samples: how many; by default a few, which is enough for input ranges.
@@ -90,19 +90,30 @@ class Subject:
         Raises:
             UsageError: more than there are.
         """
-        available = self.actions.shape[1]
+        episodes, available = self.actions.shape[:2]
         samples = min(_CALIBRATION_SAMPLES, available) if samples is None else samples
-        if not 1 <= samples <= available:
-            raise UsageError(f"samples must be 1 to {available}, got {samples}")
-        seen = self.actions[0, :samples].numpy()
+        if not 1 <= samples <= episodes * available:
+            raise UsageError(f"samples must be 1 to {episodes * available}, got {samples}")
+        owners = np.arange(samples) % episodes
+        seen = self.actions[owners, np.arange(samples) // episodes].numpy()
         return Calibration(
-            np.concatenate([self.observation["visual"][:1, 0], self.goal["visual"][:1, 0]]),
-            np.concatenate([self.observation["proprio"][:1, 0], self.goal["proprio"][:1, 0]]),
+            np.concatenate([self.observation["visual"][:, 0], self.goal["visual"][:, 0]]),
+            np.concatenate([self.observation["proprio"][:, 0], self.goal["proprio"][:, 0]]),
             seen,
-            np.zeros(len(seen), np.int64),
+            owners.astype(np.int64),
             model_hash(self.world_model),
             {"bench": self.scale},
         )
+
+    def with_episodes(self, episodes: int) -> Self:
+        """The same model with as many candidates of each of so many episodes."""
+        other = type(self).of(
+            self.scale,
+            self.world_model,
+            candidates=self.actions.shape[1],
+            episodes=episodes,
+        )
+        return replace(other, literal_candidates=self.literal_candidates)
 
 
 def _paper() -> Subject:
