@@ -230,7 +230,7 @@ def test_a_subject_needs_candidates():
 
 
 def test_calibration_takes_candidates_from_all_episodes_in_turn():
-    several = subject().with_episodes(3)
+    several = subject().resized(episodes=3)
     calibration = several.calibration(7)
     assert calibration.frame.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert len(calibration.visual) == 6, "starts and goals"

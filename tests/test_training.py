@@ -102,6 +102,14 @@ def test_collecting_again_keeps_what_is_there_and_goes_on(data, tmp_path):
         np.testing.assert_array_equal(resumed.load(split).states, data.load(split).states)
 
 
+def test_parallel_processes_write_the_same_data(data, tmp_path):
+    parallel = collect(Wall(), tmp_path, train=40, validation=10, workers=2)
+    for split in ("train", "validation"):
+        np.testing.assert_array_equal(parallel.load(split).states, data.load(split).states)
+    with pytest.raises(UsageError, match="workers must be at least 1"):
+        collect(Wall(), tmp_path, train=40, validation=10, workers=0)
+
+
 def test_splits_share_no_seed(data):
     assert not set(data.load("train").seeds) & set(data.load("validation").seeds)
 

@@ -168,7 +168,7 @@ def _subject(
     source: str, calibration_file: Path | None, samples: int | None
 ) -> tuple[DINOWM, Calibration]:
     if source == PAPER:
-        subject = subject_of(PAPER).with_episodes(_PAPER_EPISODES)
+        subject = subject_of(PAPER).resized(episodes=_PAPER_EPISODES)
         return subject.world_model, subject.calibration(samples or 32)
     assert calibration_file is not None
     calibration = Calibration.load(calibration_file)

@@ -105,13 +105,14 @@ class Subject:
             {"bench": self.scale},
         )
 
-    def with_episodes(self, episodes: int) -> Self:
-        """The same model with as many candidates of each of so many episodes."""
+    def resized(self, *, candidates: int | None = None, episodes: int | None = None) -> Self:
+        """The same model with other numbers of candidates or episodes; None keeps them."""
+        own_episodes, own_candidates, _ = self.shape
         other = type(self).of(
             self.scale,
             self.world_model,
-            candidates=self.actions.shape[1],
-            episodes=episodes,
+            candidates=own_candidates if candidates is None else candidates,
+            episodes=own_episodes if episodes is None else episodes,
         )
         return replace(other, literal_candidates=self.literal_candidates)
 
@@ -151,8 +152,4 @@ def subject_of(scale: str, candidates: int | None = None) -> Subject:
     if candidates is not None and candidates < 1:
         raise UsageError(f"candidates must be at least 1, got {candidates}")
     subject = SCALES[scale]()
-    if candidates is None:
-        return subject
-    episodes, _, _ = subject.shape
-    other = Subject.of(scale, subject.world_model, candidates=candidates, episodes=episodes)
-    return replace(other, literal_candidates=subject.literal_candidates)
+    return subject if candidates is None else subject.resized(candidates=candidates)

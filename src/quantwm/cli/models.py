@@ -33,7 +33,7 @@ def collect(
                 train=train,
                 validation=validation,
                 seed=seed,
-                workers=workers or os.cpu_count() or 1,
+                workers=(os.cpu_count() or 1) if workers is None else workers,
                 progress=counter(progress, f"collect {task}"),
             )
         out.print(f"{train} training and {validation} validation trajectories in {store.folder}")

@@ -150,10 +150,8 @@ def _read_pusht(folder: Path, task: Task) -> Part:
 
 def _wall_layout(folder: Path) -> dict[str, npt.NDArray[np.int64]]:
     names = {"wall_x": "wall_locations.pth", "door_y": "door_locations.pth"}
-    return {
-        key: _tensor(folder / name).reshape(len(_tensor(folder / name)), -1)[:, 0].long().numpy()
-        for key, name in names.items()
-    }
+    located = {key: _tensor(folder / name) for key, name in names.items()}
+    return {key: places.flatten(1)[:, 0].long().numpy() for key, places in located.items()}
 
 
 def _trajectories(
