@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantwm import compute
 from quantwm.data.collect import collect
 from quantwm.data.latents import FrameIndex, encode_split
 from quantwm.data.sources import Split, rendered
@@ -288,3 +289,10 @@ def test_unknown_tasks_and_settings_are_named():
         get_task("wal")
     with pytest.raises(UsageError, match="door"):
         get_task("wall", doors=3)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_bfloat16_only_where_the_device_multiplies_it(native, dtype, monkeypatch):
+    monkeypatch.setattr(compute, "_native_bfloat16", lambda _: native)
+    with compute.fast_products(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

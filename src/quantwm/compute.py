@@ -74,6 +74,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return DTYPES[dtype]
 
 
+def fast_products(device: torch.device) -> torch.autocast:
+    """A context whose matrix products are bfloat16 where the device multiplies it natively.
+
+    Elsewhere it does nothing: a CPU that lacks the instructions multiplies bfloat16 a hundred
+    times slower than float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_native_bfloat16(device))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" or "bfloat16"."""
     return str(dtype).removeprefix("torch.")

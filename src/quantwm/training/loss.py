@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantwm.compute import fast_products
 from quantwm.models.dino_wm import DINOWM
 from quantwm.training.batches import Batch, Windows
 
@@ -72,7 +73,7 @@ def validate(world_model: DINOWM, windows: Windows, samples: int = 256) -> dict[
     chosen = np.linspace(0, len(windows) - 1, min(samples, len(windows))).astype(np.int64)
     for begin in range(0, len(chosen), 32):
         batch = windows.batch(chosen[begin : begin + 32]).to(world_model.device)
-        with torch.autocast(world_model.device.type, torch.bfloat16):
+        with fast_products(world_model.device):
             latent = {
                 "visual": batch.visual[:, :1],
                 "proprio": world_model.embed_proprio(batch.proprio[:, :1]),

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
+from quantwm.compute import fast_products
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.models.dino_wm import DINOWM
 from quantwm.training.batches import Batch, Windows
@@ -111,7 +110,7 @@ def _step(
     world_model: DINOWM, batch: Batch, state: TrainingState, settings: TrainingSettings
 ) -> float:
     """One optimiser step; returns the loss."""
-    with torch.autocast(world_model.device.type, torch.bfloat16):
+    with fast_products(world_model.device):
         loss = window_loss(world_model, batch.to(world_model.device), settings.unroll)
     value = loss.item()
     if not math.isfinite(value):
