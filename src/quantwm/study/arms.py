@@ -1,10 +1,13 @@
 """The arms of a study: what each is called, and how it is written in a study file."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
+from quantwm.checks import is_integer
 from quantwm.errors import PlanError, UsageError, unknown_name
 from quantwm.methods import get_method, resolve_plan
 from quantwm.protocols import WorldModel
@@ -14,10 +17,24 @@ from quantwm.study.cells import REFERENCES, ArmKind
 SIDES = ("encoder", "predictor")
 EXAMPLES = ("w8", "w8a8", "w8a8-token", "w4", "w4g128", "w4a4", "w4a4-token", "w3", "w2")
 """Short names that an error lists; the grammar has more (`quantwm.quant.LayerScheme`)."""
-LONGER_EXAMPLES = ("encoder:w4", "predictor:w4", "w4@gptq")
+LONGER_EXAMPLES = ("encoder:w4", "predictor:w4", "w4@gptq", "oracle-latent:w4")
 FOLDER = "folder:"
 """Before the path of a saved quantized model, in an arm's short form."""
-MAPPING_KEYS = ("name", "kind", "plan", "method", "include", "options", "folder")
+MAPPING_KEYS = (
+    "name",
+    "kind",
+    "plan",
+    "method",
+    "include",
+    "options",
+    "folder",
+    "planner",
+    "mpc_iterations",
+)
+_PLAN_KEYS = ("plan", "method", "include", "options")
+_ITERATIONS = "mpc_iterations"
+_QUANTIZED_ORACLE = "oracle-latent:"
+_COMMA = re.compile(r",(?![^{]*\})")
 
 
 @dataclass(frozen=True)
@@ -27,48 +44,61 @@ class Arm:
     Attributes:
         name: unique within a study; shown in tables and plots.
         kind: one of the oracles, "float" or "quantized".
-        plan: how the float model is quantized; None unless `kind` is "quantized".
+        plan: how the float model is quantized; None for "float" and "oracle-state". An
+            "oracle-latent" with a plan encodes with the quantized model.
         folder: of a quantized model that was saved; it takes the place of a plan.
+        planner: planner settings in which this arm differs from its study.
+        mpc_iterations: replans an episode, where this arm differs from its study.
     """
 
     name: str
     kind: ArmKind
     plan: QuantPlan | None = None
     folder: str | None = None
+    planner: Mapping[str, Any] = field(default_factory=dict)
+    mpc_iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mpc_iterations is not None and not is_integer(self.mpc_iterations, 1):
+            raise UsageError(
+                f"arm {self.name!r}: mpc_iterations must be an integer, at least 1, got "
+                f"{self.mpc_iterations!r}"
+            )
+
+    def budget(self) -> dict[str, Any]:
+        """What the arm plans with where it differs from its study."""
+        own = {} if self.mpc_iterations is None else {_ITERATIONS: self.mpc_iterations}
+        return {**self.planner, **own}
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """An arm from its short form, `[name=]what`.
+        """An arm from its short form, `[name=]what[/setting=value...]`.
 
         `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
-        ("w4g128": every quantizable layer), or that of one side with the other left in float
-        ("encoder:w3", "predictor:w3"); a quantization may name its method ("w4@gptq",
-        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "folder:PATH" is a quantized
-        model that `quantwm quantize` wrote, made from the study's float model.
+        ("w4g128": every quantizable layer), or that of one side, or a block of it, with the rest
+        left in float ("encoder:w3", "predictor.blocks.0:w3"); a quantization may name its method ("w4@gptq",
+        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "oracle-latent:w3" is the
+        oracle that encodes with the quantized model. "folder:PATH" is a quantized model that
+        `quantwm quantize` wrote, made from the study's float model. Settings are planner settings
+        or `mpc_iterations` in which the arm differs from its study: "w3/steps=20".
 
         Raises:
             UsageError: not a known arm; suggests the nearest.
         """
-        label, equals, what = text.strip().rpartition("=")
-        what = what.strip()
-        name = label.strip() if equals else what
+        label, what, budget = _split(text)
+        name = text.strip() if label is None else label
         if not name:
             raise UsageError(f"arm {text!r} has an empty name; write NAME=ARM or only ARM")
+        iterations = budget.pop(_ITERATIONS, None)
+        settings: dict[str, Any] = {"planner": budget, _ITERATIONS: iterations}
         for reference in REFERENCES:
             if what == reference:
-                return cls(name, reference)
+                return cls(name, reference, **settings)
         if what.startswith(FOLDER):
-            return cls(name, "quantized", folder=what.removeprefix(FOLDER))
-        quantization, at, method = what.partition("@")
-        side, colon, scheme = quantization.rpartition(":")
-        if colon and side not in SIDES:
-            raise unknown_name(f"side of arm {text!r}:", side, SIDES)
-        if not re.match(r"[wa]\d", scheme):
-            raise unknown_name("arm", what, (*REFERENCES, *EXAMPLES, *LONGER_EXAMPLES))
-        if at:
-            get_method(method)
-        plan = QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")
-        return cls(name, "quantized", plan)
+            return cls(name, "quantized", folder=what.removeprefix(FOLDER), **settings)
+        kind: ArmKind = "oracle-latent" if what.startswith(_QUANTIZED_ORACLE) else "quantized"
+        plan = _parse_plan(text, what.removeprefix(_QUANTIZED_ORACLE))
+        return cls(name, kind, plan, **settings)
 
     @classmethod
     def from_value(cls, value: Any) -> "Arm":
@@ -92,12 +122,19 @@ class Arm:
         name, kind = value.get("name"), value.get("kind", "quantized")
         if not isinstance(name, str) or not name:
             raise UsageError(f"an arm given as a mapping needs a name, got {dict(value)!r}")
-        if kind in REFERENCES:
-            return cls._reference(name, kind, value)
-        if kind != "quantized":
+        planner = value.get("planner") or {}
+        if not isinstance(planner, Mapping):
+            raise UsageError(f"arm {name!r}: planner must map settings to values, got {planner!r}")
+        budget: dict[str, Any] = {
+            "planner": dict(planner),
+            _ITERATIONS: value.get(_ITERATIONS),
+        }
+        if kind in REFERENCES and not (kind == "oracle-latent" and "plan" in value):
+            return cls._reference(name, kind, value, budget)
+        if kind not in ("quantized", "oracle-latent"):
             raise unknown_name(f"kind of arm {name!r}:", str(kind), (*REFERENCES, "quantized"))
         if "folder" in value:
-            return cls._saved(name, value)
+            return cls._saved(name, value, budget)
         plan = value.get("plan")
         if not isinstance(plan, str | Mapping):
             raise UsageError(
@@ -106,60 +143,76 @@ class Arm:
             )
         return cls(
             name,
-            "quantized",
+            kind,
             QuantPlan(
                 {"*": plan} if isinstance(plan, str) else plan,
                 method=value.get("method", "rtn"),
                 include=value.get("include") or (),
                 options=value.get("options"),
             ),
+            **budget,
         )
 
     @classmethod
-    def _saved(cls, name: str, value: Mapping[str, Any]) -> "Arm":
-        surplus = [key for key in ("plan", "method", "include", "options") if key in value]
+    def _saved(cls, name: str, value: Mapping[str, Any], budget: Mapping[str, Any]) -> "Arm":
+        surplus = [key for key in _PLAN_KEYS if key in value]
         if surplus:
             raise UsageError(
                 f"arm {name!r} is a saved model, which knows how it was quantized: leave out "
                 f"{', '.join(surplus)}"
             )
-        return cls(name, "quantized", folder=str(value["folder"]))
+        return cls(name, "quantized", folder=str(value["folder"]), **budget)
 
     @classmethod
-    def _reference(cls, name: str, kind: ArmKind, value: Mapping[str, Any]) -> "Arm":
-        surplus = [key for key in MAPPING_KEYS[2:] if key in value]
+    def _reference(
+        cls, name: str, kind: ArmKind, value: Mapping[str, Any], budget: Mapping[str, Any]
+    ) -> "Arm":
+        surplus = [key for key in (*_PLAN_KEYS, "folder") if key in value]
         if surplus:
             raise UsageError(f"arm {name!r} of kind {kind!r} takes no {', '.join(surplus)}")
-        return cls(name, kind)
+        return cls(name, kind, **budget)
 
     def to_dict(self) -> dict[str, Any]:
         """The full form, which `from_value` reads."""
+        form: dict[str, Any] = {"name": self.name, "kind": self.kind}
         if self.folder is not None:
-            return {"name": self.name, "kind": self.kind, "folder": self.folder}
-        if self.plan is None:
-            return {"name": self.name, "kind": self.kind}
-        plan = self.plan.to_dict()
-        form = {"name": self.name, "kind": self.kind, "plan": plan["layers"]}
-        return form | {key: plan[key] for key in ("method", "include", "options")}
+            form["folder"] = self.folder
+        elif self.plan is not None:
+            plan = self.plan.to_dict()
+            form["plan"] = plan["layers"]
+            form |= {key: plan[key] for key in ("method", "include", "options")}
+        if self.planner:
+            form["planner"] = dict(self.planner)
+        if self.mpc_iterations is not None:
+            form[_ITERATIONS] = self.mpc_iterations
+        return form
 
 
 def parse_arms(values: Any) -> tuple[Arm, ...]:
-    """All arms of a study; a string is split at commas.
+    """All arms of a study; a string is split at commas outside braces.
+
+    Braces make a grid, as a shell's do: "w{4,3}{,g128}{,@gptq}" is eight arms.
 
     Raises:
         UsageError: lists every arm that is wrong, and names given twice.
     """
     if isinstance(values, str):
-        values = [part for part in values.split(",") if part.strip()]
+        values = [part for part in _COMMA.split(values) if part.strip()]
     if not isinstance(values, Sequence) or not values:
         raise UsageError(f"a study needs a list of arms, got {values!r}")
     arms: list[Arm] = []
     problems: list[str] = []
     for value in values:
         try:
-            arms.append(Arm.from_value(value))
+            forms = list(expanded(value)) if isinstance(value, str) else [value]
         except UsageError as error:
             problems.append(str(error))
+            continue
+        for form in forms:
+            try:
+                arms.append(Arm.from_value(form))
+            except UsageError as error:
+                problems.append(str(error))
     names = [arm.name for arm in arms]
     problems += [
         f"{names.count(name)} arms are called {name!r}; name one otherwise, as in 'again={name}'"
@@ -169,6 +222,24 @@ def parse_arms(values: Any) -> tuple[Arm, ...]:
     if problems:
         raise _together(problems)
     return tuple(arms)
+
+
+def expanded(text: str) -> Iterator[str]:
+    """The texts that braces stand for, leftmost braces slowest: "a{1,2}" is "a1", "a2".
+
+    Raises:
+        UsageError: braces that are not closed, or an empty pair of them.
+    """
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        if set("{}") & set(text):
+            raise UsageError(f"arm {text!r} has a brace without its pair")
+        yield text
+        return
+    if not match[1].strip():
+        raise UsageError(f"arm {text!r} has nothing between its braces, so the grid is empty")
+    for choice in match[1].split(","):
+        yield from expanded(text[: match.start()] + choice.strip() + text[match.end() :])
 
 
 def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict[str, LayerScheme]]:
@@ -190,6 +261,34 @@ def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict
     if problems:
         raise PlanError("\n".join(problems))
     return resolved
+
+
+def _split(text: str) -> tuple[str | None, str, dict[str, Any]]:
+    """An arm's label, if it has one, what it is, and the settings after its slashes."""
+    head, *settings = [text] if FOLDER in text else text.split("/")
+    label, equals, what = head.strip().rpartition("=")
+    budget: dict[str, Any] = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found or not key.strip():
+            raise UsageError(
+                f"arm {text!r}: {setting!r} is no SETTING=VALUE; write it as in 'w3/steps=20'"
+            )
+        budget[key.strip()] = yaml.safe_load(value)
+    return (label.strip() if equals else None), what.strip(), budget
+
+
+def _parse_plan(arm: str, what: str) -> QuantPlan:
+    """The plan of "[side:]scheme[@method]", where a side may be a part of one."""
+    quantization, at, method = what.partition("@")
+    side, colon, scheme = quantization.rpartition(":")
+    if colon and side.partition(".")[0] not in SIDES:
+        raise unknown_name(f"side of arm {arm!r}:", side, SIDES)
+    if not re.match(r"[wa]\d", scheme):
+        raise unknown_name("arm", what, (*REFERENCES, *EXAMPLES, *LONGER_EXAMPLES))
+    if at:
+        get_method(method)
+    return QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")
 
 
 def _together(problems: Sequence[str]) -> UsageError:
