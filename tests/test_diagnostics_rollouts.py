@@ -1,14 +1,10 @@
 """What a model gets wrong when it imagines: hand-made models with known errors."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from foreign import Field, PointWorld
-from quantwm.cli import app
 from quantwm.diagnostics.rollouts import diagnose_rollouts
 from quantwm.errors import MismatchError, UsageError
 from quantwm.loading import load
@@ -77,13 +73,3 @@ def test_what_cannot_be_diagnosed_is_refused():
         diagnose_rollouts(PointWorld(), Field(), planner=GradientDescent())
     with pytest.raises(MismatchError, match="trained in task 'wall'"):
         diagnose_rollouts(load("wall"), "pusht")
-
-
-def test_the_command_prints_steps_and_ranks(monkeypatch):
-    result = CliRunner().invoke(app, ["diagnose", "wall", "--episodes", "1", "--json"])
-    assert result.exit_code == 0, result.output
-    facts = json.loads(result.stdout)
-    assert len(facts["error"]["visual"]) == 5
-    assert 0 <= facts["elite_overlap"] <= 1
-    shown = CliRunner().invoke(app, ["diagnose", "wall", "--episodes", "1"])
-    assert "rank correlation" in shown.output

@@ -7,6 +7,7 @@ import pytest
 
 from quantwm.calibration import Calibration
 from quantwm.errors import (
+    CellsFailedError,
     MismatchError,
     QuantWMError,
 )
@@ -34,14 +35,11 @@ def test_a_finished_study_computes_nothing_again(reference):
     assert after == cells
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_killed_study_goes_on_to_the_same_rows(tmp_path, reference, error):
-    expected = StudyInterrupted if error is KeyboardInterrupt else error
-    with pytest.raises(expected) as caught:
-        run_study(**study(), out=tmp_path, progress=Recorder(break_at=4, error=error))
-    if error is KeyboardInterrupt:
-        assert "3 of 6 cells are finished" in str(caught.value)
-        assert "the same command goes on" in str(caught.value)
+def test_an_interrupted_study_goes_on_to_the_same_rows(tmp_path, reference):
+    with pytest.raises(StudyInterrupted) as caught:
+        run_study(**study(), out=tmp_path, progress=Recorder(break_at=4))
+    assert "3 of 6 cells are finished" in str(caught.value)
+    assert "the same command goes on" in str(caught.value)
     assert len(list((tmp_path / "cells").iterdir())) == 3
     # What is finished is in the tables already.
     assert len(read_parquet(tmp_path / "episodes.parquet")) == 3 * 6
@@ -49,6 +47,22 @@ def test_a_killed_study_goes_on_to_the_same_rows(tmp_path, reference, error):
     resumed = run_study(**study(), out=tmp_path, progress=recorder)
     assert recorder.started == ["w8", "w4", "w2"]
     assert by_arm(resumed) == by_arm(reference)
+
+
+def test_an_arm_that_fails_does_not_keep_the_others_from_running(tmp_path, reference):
+    with pytest.raises(CellsFailedError) as caught:
+        run_study(
+            **study(), out=tmp_path, progress=Recorder(break_at=4, error=RuntimeError("no luck"))
+        )
+    assert "1 of 6 arms could not be computed" in str(caught.value)
+    assert "w8: RuntimeError: no luck" in str(caught.value)
+    assert "no luck" in next((tmp_path / "failed").iterdir()).read_text()
+    assert len(read_parquet(tmp_path / "episodes.parquet")) == 5 * 6
+    recorder = Recorder()
+    again = run_study(**study(), out=tmp_path, progress=recorder)
+    assert recorder.started == ["w8"]
+    assert by_arm(again) == by_arm(reference)
+    assert not list((tmp_path / "failed").iterdir())
 
 
 def test_a_truncated_cell_is_set_aside_and_run_again(tmp_path, reference, caplog):

@@ -234,7 +234,7 @@ def test_quick_preset():
 
 
 def test_unknown_preset_lists_what_ships():
-    assert presets() == ["methods", "quick"]
+    assert presets() == ["findings", "methods", "quick"]
     with pytest.raises(UsageError, match="did you mean 'quick'"):
         load_preset("quik", "wall")
 

@@ -25,7 +25,7 @@ from quantwm.study.store import FinishedCell, ResultsFolder
 
 def row(**changes):
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "cell": "",
         "arm": "model",
         "task": "point",
@@ -42,6 +42,7 @@ def row(**changes):
         "final_distance": 0.1 + 0.2,
         "distance_by_iteration": [1.5, 0.1 + 0.2],
         "cost_by_iteration": [0.25],
+        "cost_by_step": [[0.5, 0.25]],
         "states": [[0.0, 1.0], [2.0, 1 / 3]],
         "goal": [1.0, 1.0],
         "plan_seconds": 0.5,
@@ -109,19 +110,27 @@ def upgrade_from_0(old):
     return new | {"cost_by_iteration": []}
 
 
-def test_previous_versions_are_read_through_the_table(monkeypatch, tmp_path):
-    old = {k: v for k, v in encode_row(row()).items() if k not in ("success", "cost_by_iteration")}
-    old |= {"schema_version": 0, "solved": True}
-    monkeypatch.setattr(rows_module, "UPGRADERS", {0: upgrade_from_0})
+def test_rows_of_version_1_had_no_costs_of_steps():
+    old = {k: v for k, v in encode_row(row()).items() if k != "cost_by_step"}
+    old["schema_version"] = 1
     read = decode_row(old, cell="c", arm="a")
-    assert read == row(success=True, cost_by_iteration=[], cell="c", arm="a")
+    assert read == row(cost_by_step=[], cell="c", arm="a")
+
+
+def test_previous_versions_are_read_through_the_table(monkeypatch, tmp_path):
+    gone = ("success", "cost_by_iteration", "cost_by_step")
+    old = {k: v for k, v in encode_row(row()).items() if k not in gone}
+    old |= {"schema_version": 0, "solved": True}
+    monkeypatch.setitem(rows_module.UPGRADERS, 0, upgrade_from_0)
+    read = decode_row(old, cell="c", arm="a")
+    assert read == row(success=True, cost_by_iteration=[], cost_by_step=[], cell="c", arm="a")
     # A parquet file of that version, whose columns differ, is read alike.
     table = pa.Table.from_pylist([old | {"cell": "c", "arm": "a"}])
     pq.write_table(table, tmp_path / "old.parquet")
     assert read_parquet(tmp_path / "old.parquet") == [read]
 
 
-@pytest.mark.parametrize(("version", "said"), [(2, "newer"), (0, "no longer reads")])
+@pytest.mark.parametrize(("version", "said"), [(3, "newer"), (0, "no longer reads")])
 def test_versions_that_cannot_be_read(version, said):
     with pytest.raises(MismatchError, match=said):
         decode_row(encode_row(row(schema_version=version)), cell="c", arm="a")

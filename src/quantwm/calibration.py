@@ -17,7 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from quantwm.compute import device_of, parse_bytes, placed, resolve_device, resolve_dtype
+from quantwm.compute import (
+    device_of,
+    dtype_name,
+    parse_bytes,
+    placed,
+    resolve_device,
+    resolve_dtype,
+)
 from quantwm.envs import get_task
 from quantwm.errors import CorruptFileError, UsageError
 from quantwm.evaluation import Progress, check_fits
@@ -217,16 +224,31 @@ def calibrate(
         iterations,
         progress=progress,
     )
-    origin = {
-        "task": resolved_task.settings(),
+    origin = calibration_origin(
+        resolved_task, seed, episodes, samples, planner, iterations, compute_dtype
+    )
+    return recording.calibration(samples, seed, model_hash(world_model), origin)
+
+
+def calibration_origin(
+    task: Task,
+    seed: int,
+    episodes: int,
+    samples: int,
+    planner: Planner,
+    mpc_iterations: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What `Calibration.origin` says of one that `calibrate` made with these arguments."""
+    return {
+        "task": task.settings(),
         "seed": seed,
         "episodes": episodes,
         "samples": samples,
         "planner": planner.settings(),
-        "mpc_iterations": iterations,
-        "dtype": str(compute_dtype).removeprefix("torch."),
+        "mpc_iterations": mpc_iterations,
+        "dtype": dtype_name(dtype),
     }
-    return recording.calibration(samples, seed, model_hash(world_model), origin)
 
 
 class _Recording:

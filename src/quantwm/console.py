@@ -25,13 +25,18 @@ if TYPE_CHECKING:
     from quantwm.bench.machine import AttentionRow
     from quantwm.bench.methods import MethodRow
     from quantwm.bench.planner import PlannerReport, PlannerRow
+    from quantwm.diagnostics.fidelity import Fidelity
     from quantwm.diagnostics.rollouts import RolloutDiagnosis
+    from quantwm.diagnostics.sensitivity import Sensitivity
     from quantwm.study.dry_run import CellPlan
+    from quantwm.study.status import StudyStatus
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _BUSY = 0.5
 """Load average above which a benchmark says that it is not alone."""
+_LAYERS = 20
+"""Layers that a table of sensitivities shows."""
 _UNBOUNDED = 10_000
 """Columns: more than any table needs."""
 
@@ -158,6 +163,20 @@ def print_cells(plans: Iterable["CellPlan"]) -> None:
     out.print(f"estimate: at most {total:.0f} s, good to a factor of two or three", highlight=False)
 
 
+def print_status(studies: Iterable["StudyStatus"]) -> None:
+    """Counts of each study, and its arms that are running or have failed."""
+    for one in studies:
+        out.print(str(one), markup=False, highlight=False, soft_wrap=True)
+        shown = [arm for arm in one.arms if arm.state in ("running", "failed")]
+        if not shown:
+            continue
+        table = _columns("arm", "state", _right("seconds"), "")
+        for arm in shown:
+            seconds = "" if arm.seconds is None else f"{arm.seconds:.0f}"
+            table.add_row(Text(arm.arm), arm.state, seconds, Text(arm.note))
+        _print_whole(table)
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Nested facts, one a line."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -277,6 +296,61 @@ def print_rollout_diagnosis(diagnosis: "RolloutDiagnosis") -> None:
         f"{facts['episodes']} episodes",
         highlight=False,
     )
+
+
+def print_fidelity(fidelity: "Fidelity") -> None:
+    """Drift by model step, then how candidates are ranked, against the float model."""
+    arm, kinds = fidelity.arm, ("{}\nvs float", "{}\nvs truth", "float {}\nvs truth")
+    names = [kind.format(name or "latent") for name in fidelity.drift for kind in kinds]
+    table = _columns("model step", *(_right(name) for name in names))
+    drifts = list(fidelity.drift.values())
+    observed = [[d.observed, d.observed, 0.0] for d in drifts]
+    table.add_row("observed", *(f"{value:.3f}" for part in observed for value in part))
+    for step in range(len(drifts[0].against_float)):
+        shown = [(d.against_float, d.against_truth, d.float_against_truth) for d in drifts]
+        values = [kind[step] for part in shown for kind in part]
+        table.add_row(str(step + 1), *(f"{value:.3f}" for value in values))
+    out.print(f"{arm}: relative errors of latents", markup=False, highlight=False)
+    _print_whole(table)
+    names = ["rank\ncorrelation", f"cheapest {fidelity.k}\nin common", "regret"]
+    table = _columns("candidates", *(_right(name) for name in names))
+    for name, ranks in (("at random", fidelity.first), ("near float's plan", fidelity.last)):
+        means = [v.mean() for v in (ranks.rank_correlation, ranks.top_k_overlap, ranks.regret)]
+        table.add_row(name, *(f"{mean:.3f}" for mean in means))
+    out.print(f"\n{arm}: costs of candidates against float's", markup=False, highlight=False)
+    _print_whole(table)
+    out.print(
+        "regret: what its favourite costs above the cheapest, both by the float model; 1 is the "
+        f"cost of a plan at random. Means over {len(fidelity.last.regret)} episodes.",
+        highlight=False,
+    )
+
+
+def print_sensitivity(sensitivity: "Sensitivity") -> None:
+    """The layers that matter most, then a summary of each part."""
+    ranked = sensitivity.ranked()
+    names = ("error of the\nlast latent", "rank correlation\nof costs")
+    table = _columns("layer", *(_right(name) for name in names))
+    for layer in ranked[:_LAYERS]:
+        table.add_row(layer.layer, f"{layer.error:.4f}", f"{layer.rank_correlation:.3f}")
+    out.print(
+        f"{sensitivity.scheme} ({sensitivity.method}) in one layer alone, against the float model",
+        markup=False,
+        highlight=False,
+    )
+    _print_whole(table)
+    if len(ranked) > _LAYERS:
+        out.print(
+            f"... and {len(ranked) - _LAYERS} less sensitive layers (all with --json)",
+            highlight=False,
+        )
+    for part in dict.fromkeys(layer.part for layer in sensitivity.layers):
+        errors = [layer.error for layer in ranked if layer.part == part]
+        out.print(
+            f"{part}: {len(errors)} layers, median error {errors[len(errors) // 2]:.4f}, "
+            f"largest {errors[0]:.4f}",
+            highlight=False,
+        )
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,13 @@ class QuantWMError(Exception):
 
 
 class UsageError(QuantWMError, ValueError):
-    """An argument, a name or a configuration is wrong. The command line exits 2."""
+    """An argument, a name or a configuration is wrong. The command line exits 2.
+
+    Attributes:
+        name: the unknown name that the error is about, if it is about one.
+    """
+
+    name: str | None = None
 
 
 class PlanError(UsageError):
@@ -32,6 +38,10 @@ class NonFiniteError(QuantWMError):
     """Latents or costs became NaN or infinite."""
 
 
+class CellsFailedError(QuantWMError):
+    """Some cells of a study could not be computed; the others are finished."""
+
+
 class GateError(QuantWMError):
     """The float reference itself fails, so that nothing can be compared with it."""
 
@@ -41,7 +51,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     names: Sequence[str] = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+    error = UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+    error.name = name
+    return error
 
 
 class MissingExtraError(QuantWMError):

@@ -28,7 +28,7 @@ from quantwm.protocols import Episodes, HasTask, Planner, Task, WorldModel
 from quantwm.seeds import SeedBlock, episode_seeds
 from quantwm.statistics import PairedDifference, paired_difference, wilson_interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Oracle: TypeAlias = Literal["oracle-state", "oracle-latent"]
 ORACLES: tuple[Oracle, ...] = ("oracle-state", "oracle-latent")
 Row: TypeAlias = dict[str, Any]
@@ -351,6 +351,7 @@ def _row(
         "final_distance": trace.distance[-1],
         "distance_by_iteration": trace.distance,
         "cost_by_iteration": trace.cost,
+        "cost_by_step": trace.cost_by_step,
         "states": [_floats(state) for state in trace.states],
         "goal": _floats(episodes.goal[position]),
         "plan_seconds": trace.plan_seconds,

@@ -11,20 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
-from torch import Tensor
 
-from quantwm.compute import device_of, placed, resolve_device, resolve_dtype
-from quantwm.envs import get_task
-from quantwm.errors import UsageError
-from quantwm.evaluation import check_fits
-from quantwm.planning.defaults import default_planner
-from quantwm.planning.objective import Objective, as_parts, like
+from quantwm.compute import placed, resolve_device, resolve_dtype
+from quantwm.diagnostics.candidates import (
+    CHUNK,
+    Case,
+    Cases,
+    Imagination,
+    first_population,
+    listed,
+    rank_correlation,
+    relative_error,
+    squares_by_frame,
+    top_k_overlap,
+)
+from quantwm.planning.objective import as_parts
 from quantwm.planning.population import PopulationPlanner
-from quantwm.protocols import Episodes, FloatArray, Latent, Observation, Task, WorldModel
-from quantwm.seeds import SeedBlock, episode_seeds
-
-_CHUNK = 16
+from quantwm.protocols import FloatArray, Latent, Task, WorldModel
+from quantwm.seeds import SeedBlock
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class RolloutDiagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Means over episodes, and the errors by step, as JSON values."""
         return {
-            "error": {name or "latent": _listed(values) for name, values in self.error.items()},
-            "still": {name or "latent": _listed(values) for name, values in self.still.items()},
+            "error": {name or "latent": listed(values) for name, values in self.error.items()},
+            "still": {name or "latent": listed(values) for name, values in self.still.items()},
             "rank_correlation": float(self.rank_correlation.mean()),
             "elite_overlap": float(self.elite_overlap.mean()),
             "elites": self.elites,
@@ -94,38 +98,40 @@ def diagnose_rollouts(
         UsageError: a planner that has no population.
         MismatchError: the model was trained in another task.
     """
-    task = get_task(task) if isinstance(task, str) else task
-    check_fits(world_model, task)
-    planner = planner or default_planner(task.name)  # type: ignore[assignment]
-    if not isinstance(planner, PopulationPlanner):
-        raise UsageError("candidates come from a planner with a population: cem, icem or mppi")
+    cases = Cases.resolve(world_model, task, planner, episodes, seed, block)
     target = resolve_device(device)
     model = placed(world_model, target, resolve_dtype(dtype, target))
-    objective = Objective(world_model.objective_weights)
-    elites = int(getattr(planner, "elites", 0)) or max(1, planner.samples // 8)
-    goals = task.episodes(episode_seeds(block, seed, episodes))
-    starts = task.start(goals).states
-    sums, ranks = _Sums(), _Ranks(elites)
-    for i in range(episodes):
-        actions = _first_population(planner, int(goals.seeds[i]), model)
-        one = goals.select(np.array([i]))
-        visited = _visited(task, one, starts[i], actions, model)
-        imagined = _imagined(model, task, one, starts[i], actions)
-        true = _encoded(model, task, one, visited)
-        goal = _encoded(model, task, one, one.goal[:, None])
-        sums.add(imagined, true)
-        ends = task.distance(visited[:, -1], np.repeat(one.goal, len(visited), axis=0))
-        ranks.add(_costs(objective, imagined, goal), _costs(objective, true, goal), ends)
+    sums, ranks = _Sums(), _Ranks(cases.elites)
+    for done, case in enumerate(cases, 1):
+        ranks.add(*_compare(case, cases.planner, model, sums))
         if progress is not None:
-            progress(i + 1, episodes)
+            progress(done, episodes)
     return RolloutDiagnosis(
         *sums.relative(),
         np.asarray(ranks.correlation),
         np.asarray(ranks.overlap),
-        elites,
+        cases.elites,
         np.asarray(ranks.regret),
         np.asarray(ranks.true_regret),
     )
+
+
+def _compare(
+    case: Case, planner: PopulationPlanner, model: WorldModel, sums: "_Sums"
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Costs by the model and by the simulator's frames, and final distances, (N,) each."""
+    own = Imagination.of(model, case)
+    actions = first_population(planner, case, model.action_spec)
+    parts = []
+    for chunk in torch.split(actions, CHUNK):
+        visited = case.visited(chunk, model.action_spec)
+        guess, true = own.imagine(chunk), case.encoded(model, visited)
+        sums.add(guess, true)
+        ends = np.repeat(case.episode.goal, len(visited), axis=0)
+        away = case.task.distance(visited[:, -1], ends)
+        parts.append((own.costs(guess), own.costs(true), away))
+    costs, true_costs, distances = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return costs, true_costs, distances
 
 
 @dataclass
@@ -146,14 +152,13 @@ class _Sums:
                 (self.whole, target),
             )
             for sums, difference in rows:
-                squares = difference.double().square().transpose(0, 1).flatten(1).sum(1)
-                sums[name] = sums.get(name, 0.0) + squares.numpy()
+                sums[name] = sums.get(name, 0.0) + squares_by_frame(difference)
 
     def relative(self) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
         """Errors of the model and of standing still, by part, (H,) each."""
         return (
-            {name: np.sqrt(self.wrong[name] / self.whole[name]) for name in self.whole},
-            {name: np.sqrt(self.moved[name] / self.whole[name]) for name in self.whole},
+            {name: relative_error(self.wrong[name], self.whole[name]) for name in self.whole},
+            {name: relative_error(self.moved[name], self.whole[name]) for name in self.whole},
         )
 
 
@@ -169,79 +174,7 @@ class _Ranks:
 
     def add(self, costs: FloatArray, true_costs: FloatArray, distances: FloatArray) -> None:
         """Costs by the model and by the simulator's frames, and final distances, (N,) each."""
-        flat = np.ptp(costs) == 0 or np.ptp(true_costs) == 0
-        self.correlation.append(0.0 if flat else float(spearmanr(costs, true_costs).statistic))
-        ours, theirs = (np.argsort(c, kind="stable")[: self.elites] for c in (costs, true_costs))
-        self.overlap.append(len(np.intersect1d(ours, theirs)) / self.elites)
-        self.regret.append(float(distances[ours[0]] - distances.min()))
-        self.true_regret.append(float(distances[theirs[0]] - distances.min()))
-
-
-def _first_population(planner: PopulationPlanner, seed: int, model: WorldModel) -> Tensor:
-    """Candidates (N, H, D) as the planner draws them first."""
-    shape = (planner.horizon, model.action_spec.model_dim)
-    mean, deviation = np.zeros(shape, np.float32), np.full(shape, planner.sigma, np.float32)
-    return torch.from_numpy(planner.candidates(mean, deviation, seed, 0, 0, model.action_spec))
-
-
-def _visited(
-    task: Task, episode: Episodes, start: FloatArray, actions: Tensor, model: WorldModel
-) -> FloatArray:
-    """True states at the frames that the model predicts, (N, H, S)."""
-    candidates = len(actions)
-    repeated = episode.select(np.zeros(candidates, np.int64))
-    raw = model.action_spec.denormalize(actions)
-    states = task.rollout(np.repeat(start[None], candidates, axis=0), repeated.layout, raw)
-    return states[:, model.action_spec.frameskip - 1 :: model.action_spec.frameskip]
-
-
-@torch.inference_mode()
-def _imagined(
-    model: WorldModel, task: Task, episode: Episodes, start: FloatArray, actions: Tensor
-) -> Latent:
-    """Latents (N, H + 1, ...), float32 on the CPU."""
-    first = model.encode(task.observe(start[None, None], episode.layout))
-    chunks = [
-        _on_cpu(model.rollout(first, part[None].to(device_of(model))), batched=True)
-        for part in torch.split(actions, _CHUNK)
-    ]
-    return _joined(chunks)
-
-
-@torch.inference_mode()
-def _encoded(model: WorldModel, task: Task, episode: Episodes, states: FloatArray) -> Latent:
-    """Latents (N, K, ...) of states (N, K, S), float32 on the CPU."""
-    candidates, frames = states.shape[:2]
-    flat = states.reshape(-1, 1, states.shape[-1])
-    chunks = []
-    for begin in range(0, len(flat), _CHUNK):
-        part = flat[begin : begin + _CHUNK]
-        layout = episode.select(np.zeros(len(part), np.int64)).layout
-        observation: Observation = task.observe(part, layout)
-        chunks.append(_on_cpu(model.encode(observation), batched=False))
-    whole = _joined(chunks)
-    shaped = {
-        name: part.reshape(candidates, frames, *part.shape[2:])
-        for name, part in as_parts(whole).items()
-    }
-    return like(shaped, whole)
-
-
-def _costs(objective: Objective, latents: Latent, goal: Latent) -> FloatArray:
-    """Costs (N,) of the last frames of latents (N, K, ...)."""
-    candidates = like({name: part[None, :, -1:] for name, part in as_parts(latents).items()}, goal)
-    return np.asarray(objective(candidates, goal)[0].numpy(), np.float64)
-
-
-def _on_cpu(latent: Latent, *, batched: bool) -> Latent:
-    parts = {name: part.float().cpu() for name, part in as_parts(latent).items()}
-    return like({name: part[0] if batched else part for name, part in parts.items()}, latent)
-
-
-def _joined(chunks: list[Latent]) -> Latent:
-    names = as_parts(chunks[0])
-    return like({n: torch.cat([as_parts(c)[n] for c in chunks]) for n in names}, chunks[0])
-
-
-def _listed(values: FloatArray) -> list[float]:
-    return [float(value) for value in values]
+        self.correlation.append(rank_correlation(costs, true_costs))
+        self.overlap.append(top_k_overlap(costs, true_costs, self.elites))
+        self.regret.append(float(distances[costs.argmin()] - distances.min()))
+        self.true_regret.append(float(distances[true_costs.argmin()] - distances.min()))

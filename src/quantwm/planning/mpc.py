@@ -31,6 +31,7 @@ class Trace:
         success: at the same moments, sticky.
         distance: at the same moments.
         cost: the lowest candidate cost at the end of each plan.
+        cost_by_step: the same after each optimisation step of each plan.
         plan_seconds: planning time; episodes planned together share it evenly.
         failure: why planning was given up, or None.
     """
@@ -39,6 +40,7 @@ class Trace:
     success: list[bool]
     distance: list[float]
     cost: list[float] = field(default_factory=list)
+    cost_by_step: list[list[float]] = field(default_factory=list)
     plan_seconds: float = 0.0
     failure: str | None = None
 
@@ -96,8 +98,9 @@ def run_episodes(
         actions = result.actions[torch.from_numpy(alive)]
         if len(index):
             _execute(task, episodes, simulation, index, action_spec.denormalize(actions), traces)
-            for i, value in zip(index.tolist(), result.cost[alive], strict=True):
-                traces[i].cost.append(float(value))
+            for i, k in zip(index.tolist(), alive.tolist(), strict=True):
+                traces[i].cost.append(float(result.cost[k]))
+                traces[i].cost_by_step.append([float(value) for value in result.cost_by_step[k]])
         done += len(result.failures)
         if progress is not None:
             still = sum(trace.running for trace in traces)

@@ -2,15 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from quantwm.errors import MismatchError, UsageError
+from quantwm.evaluation import Row
 from quantwm.statistics import PairedDifference, separable
-
-Row: TypeAlias = Mapping[str, Any]
-"""One episode of one arm: the columns of `episodes.parquet`."""
+from quantwm.study.labels import ArmLabels
+from quantwm.study.results import TaskResults
 
 Role: TypeAlias = Literal["float", "quantized", "oracle"]
 Verdict: TypeAlias = Literal["reference", "lower", "higher", "not separable", "not compared"]
@@ -23,6 +23,7 @@ class Arm:
     """One line of the summary.
 
     Attributes:
+        labels: what the arm is.
         success, low, high: success rate and its Wilson 95% interval.
         difference: against float on the same episodes; None for float itself and where the
             study did not compare.
@@ -33,6 +34,7 @@ class Arm:
     """
 
     name: str
+    labels: ArmLabels
     role: Role
     episodes: int
     success: float
@@ -68,15 +70,12 @@ class Arm:
         return "lower" if self.difference.difference < 0 else "higher"
 
 
-def arms_of(
-    rows: Sequence[Row], summary: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
-) -> list[Arm]:
+def arms_of(results: TaskResults, summary: Sequence[Mapping[str, Any]]) -> list[Arm]:
     """Arms in the order shown: float, the quantized arms as the summary has them, the oracles.
 
     Args:
-        rows: episodes, as in `episodes.parquet`.
+        results: what the arms are, and their rows.
         summary: one mapping an arm, as in `summary.csv`; absent values are None, NaN or "".
-        config: the resolved study; its arms say of which kind each is.
 
     Raises:
         UsageError: no arm at all.
@@ -84,50 +83,30 @@ def arms_of(
     """
     if not summary:
         raise UsageError("the summary has no arm, so there is nothing to report; run the study")
-    by_arm: dict[str, list[Row]] = {str(line["arm"]): [] for line in summary}
-    for row in rows:
-        if row["arm"] not in by_arm:
-            raise MismatchError(
-                f"there are episodes of arm {row['arm']!r}, which the summary lacks; "
-                "run the study again to rewrite the summary"
-            )
-        by_arm[row["arm"]].append(row)
-    roles = _roles(by_arm, config)
-    reference = next((by_arm[name] for name, role in roles.items() if role == "float"), [])
+    names = [str(line["arm"]) for line in summary]
+    for given, other, which in (
+        (results.arms, names, "there are episodes of arm {!r}, which the summary lacks"),
+        (names, results.arms, "the summary has arm {!r}, of which there are no episodes"),
+    ):
+        for name in given:
+            if name not in other:
+                raise MismatchError(
+                    f"{which.format(name)}; run the study again to rewrite the summary"
+                )
+    reference = results.rows[results.reference] if results.reference is not None else []
     arms = [
-        _arm(line, by_arm[name], roles[name], reference)
-        for name, line in zip(by_arm, summary, strict=True)
+        _arm(line, results.rows[name], results.arms[name], _role(name, results), reference)
+        for name, line in zip(names, summary, strict=True)
     ]
     order: tuple[Role, ...] = ("float", "quantized", "oracle")
     return sorted(arms, key=lambda arm: order.index(arm.role))
 
 
-def kinds_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The kind of every arm of a study's configuration, by name; a short form is its own kind."""
-    kinds: dict[str, str] = {}
-    for arm in config.get("arms") or ():
-        if isinstance(arm, Mapping):
-            kinds[str(arm["name"])] = str(arm.get("kind", "quantized"))
-        else:
-            kinds[str(arm)] = str(arm)
-    return kinds
-
-
-def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Role]:
-    """Each arm's role: by its kind in the configuration, else by its name.
-
-    Only the first float arm is the one that others are compared with.
-    """
-    kinds = kinds_of(config)
-    roles: dict[str, Role] = {}
-    for name in names:
-        kind = kinds.get(name, name)
-        if kind.startswith("oracle-"):
-            roles[name] = "oracle"
-        else:
-            first = kind == "float" and "float" not in roles.values()
-            roles[name] = "float" if first else "quantized"
-    return roles
+def _role(name: str, results: TaskResults) -> Role:
+    """Only the first float arm is the one that others are compared with."""
+    if results.arms[name].kind.startswith("oracle-"):
+        return "oracle"
+    return "float" if name == results.reference else "quantized"
 
 
 def worst_arm(arms: Sequence[Arm]) -> Arm | None:
@@ -173,6 +152,12 @@ def choose_episode(shown: Sequence[Arm]) -> EpisodeChoice | None:
     return EpisodeChoice(common[0], f"the first one; there is none that {names}")
 
 
+def failure_kind(row: Row) -> str:
+    """Why an episode failed, without the details: "goal not reached", "non_finite"."""
+    reason = str(row["failure"])
+    return "goal not reached" if reason == "not_reached" else reason.partition(":")[0]
+
+
 def number(value: object) -> float | None:
     """A finite number, or None for what is absent: None, "", NaN and infinities."""
     if value is None or value == "":
@@ -181,7 +166,13 @@ def number(value: object) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def _arm(line: Mapping[str, Any], rows: Sequence[Row], role: Role, reference: Sequence[Row]) -> Arm:
+def _arm(
+    line: Mapping[str, Any],
+    rows: Sequence[Row],
+    labels: ArmLabels,
+    role: Role,
+    reference: Sequence[Row],
+) -> Arm:
     name = str(line["arm"])
     success, low, high = (_required(line, column) for column in ("success", "low", "high"))
     seen = sum(bool(row["success"]) for row in rows) / len(rows) if rows else success
@@ -193,6 +184,7 @@ def _arm(line: Mapping[str, Any], rows: Sequence[Row], role: Role, reference: Se
     stored = number(line.get("bytes"))
     return Arm(
         name=name,
+        labels=labels,
         role=role,
         episodes=int(_required(line, "episodes")),
         success=success,

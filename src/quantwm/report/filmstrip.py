@@ -1,10 +1,10 @@
-"""The report's filmstrip: real frames of one episode, beside the frame of its goal."""
+"""The report's filmstrips: real frames of telling episodes, each beside the frame of its goal."""
 
 import base64
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from quantwm.evaluation import Row
 from quantwm.protocols import Layout, Task
-from quantwm.report.arms import Arm, EpisodeChoice, Row, number
+from quantwm.report.arms import Arm, choose_episode, failure_kind, number, worst_arm
 
 Frame = npt.NDArray[np.uint8]
 """One frame (H, W, 3)."""
@@ -42,29 +43,90 @@ class Still:
 
 
 @dataclass(frozen=True)
-class Strip:
-    """One arm's frames of the episode, its goal first."""
+class Scene:
+    """An episode of an arm that a strip shows, and what to say of it as plain text."""
 
     arm: Arm
     row: Row
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A scene's frames, its goal first."""
+
+    scene: Scene
     goal: Still
     stills: tuple[Still, ...]
 
 
-def strips(arms: Sequence[Arm], choice: EpisodeChoice, task: Task) -> list[Strip]:
-    """The chosen episode of each arm.
+def choose_scenes(arms: Sequence[Arm], causes: Mapping[str, str]) -> tuple[list[Scene], str]:
+    """What the strips show: an episode of float and of the worst arm, then every other cause.
+
+    Args:
+        arms: of one task.
+        causes: arm's name → what an intervention found to break it.
+
+    Returns:
+        the scenes, and a sentence on how the episode of the first ones was chosen; no scenes
+        where no arm has an episode in common with float.
+    """
+    reference = next((arm for arm in arms if arm.role == "float"), None)
+    first = [arm for arm in (reference, worst_arm(arms)) if arm]
+    choice = choose_episode(first)
+    if choice is None:
+        return [], ""
+    scenes = [_scene(arm, _row(arm, choice.episode), causes) for arm in first]
+    if not any(scene.row["success"] for scene in scenes):
+        scenes[:0] = _success(arms)
+    solved = {row["episode"] for row in reference.rows if row["success"]} if reference else set()
+    seen = {_cause(scene.arm, scene.row, causes) for scene in scenes if not scene.row["success"]}
+    quantized = [arm for arm in arms if arm.role == "quantized"]
+    for arm in sorted(quantized, key=lambda arm: arm.success):
+        # A failure where float succeeds tells most.
+        for row in sorted(arm.failures, key=lambda row: row["episode"] not in solved):
+            cause = _cause(arm, row, causes)
+            if cause not in seen:
+                seen.add(cause)
+                scenes.append(Scene(arm, row, f"Episode {row['episode']}: {cause}."))
+    return scenes, f"Episode {choice.episode}: {choice.reason}."
+
+
+def _scene(arm: Arm, row: Row, causes: Mapping[str, str]) -> Scene:
+    """A scene that tells the cause where it is more than a goal that was not reached."""
+    cause = "" if row["success"] else _cause(arm, row, causes)
+    return Scene(arm, row, "" if cause in ("", "goal not reached") else f"Cause: {cause}.")
+
+
+def _cause(arm: Arm, row: Row, causes: Mapping[str, str]) -> str:
+    kind = failure_kind(row)
+    return causes.get(arm.name, kind) if kind == "goal not reached" else kind
+
+
+def _success(arms: Sequence[Arm]) -> list[Scene]:
+    best = max(arms, key=lambda arm: (arm.role != "oracle", arm.success))
+    solved = [row for row in best.rows if row["success"]]
+    return [Scene(best, solved[0], f"Episode {solved[0]['episode']}.")] if solved else []
+
+
+def _row(arm: Arm, episode: int) -> Row:
+    return next(row for row in arm.rows if row["episode"] == episode)
+
+
+def strips(scenes: Sequence[Scene], task: Task) -> list[Strip]:
+    """The scenes drawn.
 
     An episode of more than `MOST_FRAMES` states shows evenly spread ones, the first and the last
     among them. Frames are at most `SIDE` pixels wide, and smaller if all together would take
     more than a megabyte.
     """
-    rows = [next(r for r in arm.rows if r["episode"] == choice.episode) for arm in arms]
-    frames = [_frames(row, task) for row in rows]
+    frames = [_frames(scene.row, task) for scene in scenes]
     images = _encoded([frame for one in frames for frame in one])
-    return [_strip(arm, row, images) for arm, row in zip(arms, rows, strict=True)]
+    return [_strip(scene, images) for scene in scenes]
 
 
-def _strip(arm: Arm, row: Row, images: Iterator[str | None]) -> Strip:
+def _strip(scene: Scene, images: Iterator[str | None]) -> Strip:
+    row = scene.row
     goal = Still(None, None, False, next(images))
     stills = []
     for iteration in _shown(len(row["states"])):
@@ -73,7 +135,7 @@ def _strip(arm: Arm, row: Row, images: Iterator[str | None]) -> Strip:
         distance = number(distances[iteration]) if iteration < len(distances) else None
         done = bool(reached[iteration]) if iteration < len(reached) else bool(row["success"])
         stills.append(Still(iteration, distance, done, next(images)))
-    return Strip(arm, row, goal, tuple(stills))
+    return Strip(scene, goal, tuple(stills))
 
 
 def _shown(count: int) -> list[int]:

@@ -1,24 +1,24 @@
-"""The report's page: everything inside one HTML file, nothing loaded from elsewhere."""
+"""The report: one HTML file in which nothing is loaded from elsewhere, and its tables as CSV."""
 
-import csv
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantwm.errors import CorruptFileError, MismatchError
+from quantwm.errors import UsageError
 from quantwm.files import atomic_path
 from quantwm.protocols import Task
-from quantwm.report import sections
-from quantwm.report.arms import Arm, Row, arms_of, choose_episode, worst_arm
-from quantwm.report.filmstrip import strips
-from quantwm.report.headline import findings, lead
+from quantwm.report.across import across
+from quantwm.report.document import Section, contents, page
+from quantwm.report.filters import filter_form
+from quantwm.report.headline import study_lead
+from quantwm.report.load import TaskReport, distinct, read_task
+from quantwm.report.tables import FOLDER
+from quantwm.report.task import is_large, method_styles, task_sections
 from quantwm.report.text import escape
-from quantwm.study.prepare import build_task
-from quantwm.study.rows import read_parquet
-from quantwm.study.spec import RECORD
-from quantwm.study.store import CONFIG, EPISODES, REPORT, SUMMARY, ResultsFolder
-from quantwm.study.summary import COLUMNS
+from quantwm.report.verdicts import verdicts
+from quantwm.study.findings import Finding, findings_of
+from quantwm.study.store import CONFIG, REPORT
 
 _READING = """
 <p><b>Success intervals</b> are Wilson 95% intervals: rates inside them are compatible with the
@@ -40,147 +40,113 @@ arm's episodes took.</p>
 """
 
 
+@dataclass(frozen=True)
+class Report:
+    """A page, and the tables that lie beside it.
+
+    Attributes:
+        html: the page.
+        tables: CSV files as text, by the path that the page links to.
+    """
+
+    html: str
+    tables: Mapping[str, str]
+
+
 def write_report(
-    folder: Path,
+    folders: Path | Sequence[Path],
     *,
-    environment: Mapping[str, Any] | None = None,
+    out: Path | None = None,
     command: str | None = None,
+    environment: Mapping[str, Any] | None = None,
     task: Task | None = None,
 ) -> Path:
-    """Write `report.html` from the files of a results folder; returns its path.
+    """Write `report.html` from results folders, and `report-tables/` beside it.
 
     Args:
-        folder: with `config.yaml`, `episodes.parquet` and `summary.csv` of a study.
-        environment: shown as it is; default: what the study recorded in its configuration.
+        folders: of one study or several, usually one a task; each with `config.yaml`,
+            `episodes.parquet`, `summary.csv` and, if there are diagnoses, `diagnostics/*.json`.
+        out: folder to write to; by default that of a single study.
         command: what reproduces the study; default: the command that runs `config.yaml` again.
-        task: draws the filmstrip's frames; default: the one that the configuration names.
+        environment: shown as it is; default: what each study recorded in its configuration.
+        task: draws the filmstrips' frames; default: the one that each configuration names.
+
+    Returns:
+        path of the page.
 
     Raises:
+        UsageError: no folder, or several without `out`.
         QuantWMError: a file is missing, damaged or does not belong to the others, or the report
             cannot be written.
     """
-    results = ResultsFolder(folder)
-    config = results.read_config()
-    missing = [name for name in (CONFIG, EPISODES, SUMMARY) if not (folder / name).is_file()]
-    if config is None or missing:
-        raise MismatchError(
-            f"{folder} lacks {', '.join(missing)}, so there is nothing to report; "
-            "give the folder of a finished study"
+    chosen = [folders] if isinstance(folders, Path) else list(folders)
+    if not chosen:
+        raise UsageError("a report needs at least one results folder, got none")
+    if out is None and len(chosen) > 1:
+        raise UsageError(
+            f"a report of {len(chosen)} results folders belongs to none of them; "
+            "give the folder to write it to as out"
         )
-    record = config.pop(RECORD, None) or {}
-    text = render(
-        read_parquet(folder / EPISODES),
-        _read_summary(folder / SUMMARY),
-        config,
-        _recorded(record) if environment is None else environment,
-        build_task(config["task"]) if task is None else task,
-        command=command or f"quantwm study {CONFIG}",
-    )
-    with atomic_path(folder / REPORT) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return folder / REPORT
-
-
-def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study noted of where it ran, without the cells, which the summary has."""
-    rest = {key: value for key, value in record.items() if key not in ("environment", "cells")}
-    return dict(record.get("environment") or {}) | rest
-
-
-def _read_summary(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as handle:
-            reader = csv.DictReader(handle)
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CorruptFileError(_unreadable(path, str(error))) from error
-    absent = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-    if absent:
-        raise CorruptFileError(_unreadable(path, f"it lacks {', '.join(absent)}"))
-    return lines
-
-
-def _unreadable(path: Path, reason: str) -> str:
-    return f"cannot read {path}: {reason}; run the study's command again to write it anew"
+    target = chosen[0] if out is None else out
+    tasks = [read_task(folder, environment=environment, task=task) for folder in chosen]
+    findings = findings_of([task.results for task in tasks])
+    report = render(tasks, findings, command=command)
+    for name, text in {REPORT: report.html, **report.tables}.items():
+        with atomic_path(target / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return target / REPORT
 
 
 def render(
-    rows: Sequence[Row],
-    summary: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    task: Task,
+    tasks: Sequence[TaskReport],
+    findings: Sequence[Finding] = (),
     *,
-    command: str = f"quantwm study {CONFIG}",
-) -> str:
-    """The report as one HTML document; the same arguments give the same text.
+    command: str | None = None,
+) -> Report:
+    """The report of one task or several; the same arguments give the same text.
 
     Args:
-        rows: one an episode, the columns of `episodes.parquet`.
-        summary: one an arm, the columns of `summary.csv`; absent values None, NaN or "".
-        config: the resolved study, without its record of where it ran.
-        environment: versions, CPU, commit and the like, shown as they are.
-        task: draws the filmstrip's frames.
+        tasks: at least one.
+        findings: verdicts that the page opens with.
         command: what reproduces the study.
 
     Raises:
-        UsageError: the summary has no arm.
-        MismatchError: summary and rows do not belong together.
+        UsageError: no task.
     """
-    arms = arms_of(rows, summary, config)
-    name = task.name.replace("_", " ")
-    title = f"{name[:1].upper()}{name[1:]}: planning with a quantized world model"
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{lead(arms, name)}</p>',
-        f"<ul>{''.join(f'<li>{sentence}</li>' for sentence in findings(arms, config))}</ul>",
-        sections.arms_table(arms),
-        _section("Success and size by arm", sections.comparison(arms)),
-        _section("Success by MPC iteration", sections.iterations(arms)),
-        _section("Episode by episode", sections.episode_grid(arms)),
-        _section("One episode in frames", _filmstrip(arms, task)),
-        _section("Failures by reason", sections.failures(arms)),
-        _section("How to read this", _READING),
-        _section(
-            "Configuration and environment",
-            sections.reproduction(rows, config, environment, command),
-        ),
+    if not tasks:
+        raise UsageError("a report needs at least one task, got none")
+    tasks = distinct(tasks)
+    titles: dict[str, list[tuple[str, str]]] = {}
+    for task in tasks:
+        titles.setdefault(task.results.task, []).append((task.key, task.title))
+    opening = verdicts(findings, titles)
+    single = len(tasks) == 1
+    arms = [arm for task in tasks for arm in task.arms]
+    styles = method_styles(arms)
+    parts: list[Section] = []
+    for task in tasks:
+        inner = task_sections(task, styles, findings)
+        whole = Section(f"task-{task.key}", task.title, children=inner, task=task.key)
+        parts += inner if single else [whole]
+    again = f"<pre><code>{escape(command or f'quantwm study {CONFIG}')}</code></pre>"
+    sections = [
+        opening,
+        across(tasks),
+        *parts,
+        Section("reading", "How to read this", [_READING]),
+        Section("reproduction", "How to make this again", [again]),
     ]
-    return _page(title, "\n".join(part for part in body if part))
-
-
-def _filmstrip(arms: Sequence[Arm], task: Task) -> str:
-    reference = next((arm for arm in arms if arm.role == "float" and arm.rows), None)
-    shown = [arm for arm in (reference, worst_arm(arms)) if arm]
-    choice = choose_episode(shown)
-    if choice is None:
-        return ""
-    return sections.filmstrip(strips(shown, choice, task), choice, task.name)
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _page(title: str, body: str) -> str:
-    style = resources.files("quantwm.report").joinpath("style.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    choice = ""
+    if not single or is_large(tasks[0]):
+        choice = filter_form({task.key: task.title for task in tasks}, arms)
+    title = f"{tasks[0].title}: planning" if single else "Planning"
+    title += " with a quantized world model" if single else " with quantized world models"
+    body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{study_lead(tasks)}</p>']
+    if not single or is_large(tasks[0]):
+        body += [contents(sections), choice]
+    body += [section.html() for section in sections]
+    tables = [table for section in sections for table in section.tables()]
+    return Report(
+        page(title, "\n".join(part for part in body if part), filtered=bool(choice)),
+        {f"{FOLDER}/{table.name}.csv": table.csv() for table in tables},
+    )

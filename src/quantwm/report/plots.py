@@ -1,47 +1,37 @@
-"""The report's plots, drawn by matplotlib and returned as inline SVG.
+"""The report's plots of one arm a line, and of one arm a panel."""
 
-Colours are CSS variables of the page, so that a plot follows its light and dark mode, and text
-stays text in the page's own font. One unit is one CSS pixel. Plots are narrow on purpose: the
-page sets them beside one another on a wide screen and below one another on a phone.
-"""
+from collections.abc import Sequence
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from xml.etree import ElementTree
-
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from quantwm.report.arms import Arm
+from quantwm.report.svg import (
+    ACCENT,
+    INK,
+    MUTED,
+    RULE,
+    SURFACE,
+    WARN,
+    drawing,
+    inline,
+    panel,
+    plain,
+    quiet,
+    shortened,
+)
 from quantwm.report.text import decimal, megabytes, plural, signed
 from quantwm.statistics import wilson_interval
 
-# Stand-ins that matplotlib accepts; `_inline` turns each into the page's CSS variable.
-INK, MUTED, RULE, ACCENT, WARN, SURFACE = (f"#00000{digit}" for digit in range(1, 7))
-_VARIABLES = dict(
-    zip(
-        (INK, MUTED, RULE, ACCENT, WARN, SURFACE),
-        ("ink", "muted", "rule", "accent", "warn", "surface"),
-        strict=True,
-    )
-)
-_STAND_IN = re.compile("|".join(_VARIABLES))
-_FONT = re.compile(r"font(-family)?:[^;]*;?")
-
 _WIDTH, _ROW, _TOP, _BOTTOM = 360.0, 23.0, 6.0, 38.0
 _VALUE_COLUMN = 58.0
-_NAME_LENGTH = 18
 _GROUP_GAP = 0.6
 
 
-def success_plot(arms: Sequence[Arm]) -> str:
+def success_plot(arms: Sequence[Arm], name: str) -> str:
     """Success rate with its interval, one line an arm; float's rate as a dashed line."""
-    with _drawing():
+    with drawing():
         figure, axes, positions = _lines(arms)
         for arm, y in zip(arms, positions, strict=True):
             _interval(axes, arm, y, (arm.low, arm.success, arm.high))
@@ -54,13 +44,13 @@ def success_plot(arms: Sequence[Arm]) -> str:
             f"{arm.name} {decimal(arm.success)} ({decimal(arm.low)} to {decimal(arm.high)})"
             for arm in arms
         )
-        return _inline(figure, "success", f"Success by arm. {text}.")
+        return inline(figure, f"{name}-success", f"Success by arm. {text}.")
 
 
-def difference_plot(arms: Sequence[Arm]) -> str:
+def difference_plot(arms: Sequence[Arm], name: str) -> str:
     """Paired difference against float with its interval, on the same lines as `success_plot`."""
     compared = [arm for arm in arms if arm.difference]
-    with _drawing():
+    with drawing():
         figure, axes, positions = _lines(arms)
         axes.axvline(0, color=MUTED, linewidth=1, dashes=(3, 3), zorder=0)
         ends = [0.1]
@@ -80,12 +70,12 @@ def difference_plot(arms: Sequence[Arm]) -> str:
             for arm in compared
             if arm.difference
         )
-        return _inline(figure, "difference", f"Difference against float. {text}.")
+        return inline(figure, f"{name}-difference", f"Difference against float. {text}.")
 
 
-def bytes_plot(arms: Sequence[Arm]) -> str:
+def bytes_plot(arms: Sequence[Arm], name: str) -> str:
     """Stored bytes, on the same lines as `success_plot`; arms without bytes are left empty."""
-    with _drawing():
+    with drawing():
         figure, axes, positions = _lines(arms)
         largest = max((arm.bytes for arm in arms if arm.bytes), default=1) / 1e6
         for arm, y in zip(arms, positions, strict=True):
@@ -98,26 +88,24 @@ def bytes_plot(arms: Sequence[Arm]) -> str:
         ticks = [t for t in MaxNLocator(3).tick_values(0, largest) if 0 <= t <= largest]
         _x_axis(axes, (0.0, largest), ticks, "stored model, MB", lambda x: f"{x:.3g}")
         shown = [f"{arm.name} {megabytes(arm.bytes)}" for arm in arms if arm.bytes is not None]
-        return _inline(figure, "bytes", f"Bytes by arm. {'; '.join(shown)}.")
+        return inline(figure, f"{name}-bytes", f"Bytes by arm. {'; '.join(shown)}.")
 
 
-def iteration_plot(arm: Arm, reference: Arm | None, index: int) -> str:
+def iteration_plot(arm: Arm, reference: Arm | None, index: int, name: str) -> str:
     """Success rate against MPC iteration of one arm with its 95% band, and float's behind it.
 
     Args:
         arm: an arm with a curve.
         reference: the float arm, or None.
-        index: which panel of the page this is; keeps the SVG's ids apart.
+        index: which panel this is.
+        name: of the section; keeps the ids of the SVGs apart.
     """
-    width, height, left, right, top, bottom = 172.0, 130.0, 26.0, 34.0, 10.0, 24.0
     iterations = range(len(arm.curve))
     episodes = len(arm.rows)
     bounds = [wilson_interval(round(rate * episodes), episodes) for rate in arm.curve]
     colour = _colour(arm)
-    with _drawing():
-        figure = Figure(figsize=(width / 72, height / 72))
-        box = (left / width, bottom / height, (width - left - right) / width)
-        axes = figure.add_axes((*box, (height - top - bottom) / height))
+    with drawing():
+        figure, axes = panel(172, 130, left=26, right=34, top=10, bottom=24)
         lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
         axes.fill_between(iterations, lows, highs, color=colour, alpha=0.16, linewidth=0)
         if reference and reference.curve and reference is not arm:
@@ -141,12 +129,11 @@ def iteration_plot(arm: Arm, reference: Arm | None, index: int) -> str:
         axes.set_xticks(sorted({0, last // 2, last}))
         axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.grid(axis="y", color=RULE, linewidth=1)
-        _quiet(axes)
         axes.tick_params(axis="x", pad=7)
         values = ", ".join(decimal(rate) for rate in arm.curve)
-        return _inline(
+        return inline(
             figure,
-            f"iterations-{index}",
+            f"{name}-iterations-{index}",
             f"Success of {arm.name} after 0 to {plural(last, 'MPC iteration')}: {values}.",
         )
 
@@ -160,7 +147,7 @@ def _lines(arms: Sequence[Arm]) -> tuple[Figure, Axes, list[float]]:
         positions.append(at)
         at += 1.0
     height = _TOP + at * _ROW + _BOTTOM
-    names = [_shortened(arm.name) for arm in arms]
+    names = [shortened(arm.name) for arm in arms]
     left = 18.0 + 6.4 * max([8, *(len(name) for name in names)])
     figure = Figure(figsize=(_WIDTH / 72, height / 72))
     width = _WIDTH - left - _VALUE_COLUMN
@@ -169,8 +156,8 @@ def _lines(arms: Sequence[Arm]) -> tuple[Figure, Axes, list[float]]:
     axes.set_ylim(at - 0.5, -0.5)
     axes.set_yticks(positions, names)
     for label in axes.get_yticklabels():
-        _plain(label)
-    _quiet(axes)
+        plain(label)
+    quiet(axes)
     axes.grid(axis="x", color=RULE, linewidth=1)
     axes.tick_params(axis="y", labelcolor=INK, labelsize=11.5, pad=10)
     return figure, axes, positions
@@ -207,7 +194,7 @@ def _value(axes: Axes, y: float, text: str) -> None:
     transform = axes.get_yaxis_transform()
     x = 1 + _VALUE_COLUMN / (axes.get_position().width * _WIDTH)
     label = axes.text(x, y, text, transform=transform, ha="right", va="center", fontsize=11.5)
-    _plain(label)
+    plain(label)
 
 
 def _x_axis(
@@ -225,100 +212,3 @@ def _x_axis(
 
 def _signed_tick(value: float) -> str:
     return f"{value:+g}".replace("-", "−") if value else "0"
-
-
-def _quiet(axes: Axes) -> None:
-    """No frame and no tick marks; the grid is enough to read a value."""
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.tick_params(length=0, labelsize=10.5, labelcolor=MUTED)
-    axes.xaxis.label.set_color(MUTED)
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-
-
-def _plain(text: mpl.text.Text) -> None:
-    text.set_parse_math(False)  # an arm's name may hold a dollar sign
-
-
-def _shortened(name: str) -> str:
-    printable = "".join(c if c.isprintable() else " " for c in name)
-    if len(printable) <= _NAME_LENGTH:
-        return printable
-    kept = _NAME_LENGTH // 2  # both ends: long names tend to differ in the last characters
-    return f"{printable[:kept]}…{printable[1 - kept :]}"
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib's own defaults whatever the user's are, and ids that do not change."""
-    settings = {
-        **{k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith(("backend", "dat"))},
-        "svg.hashsalt": "quantwm",
-        "svg.fonttype": "none",
-        "font.size": 10.5,
-        "text.color": INK,
-    }
-    with mpl.rc_context(settings), warnings.catch_warnings():
-        # The browser draws the text; which glyphs matplotlib's font lacks does not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def _inline(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element for an HTML page, ids prefixed with `name`."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())
-    # Matplotlib's style element would apply to the whole page; the stylesheet holds its rule.
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-    used = set(re.findall(r"#([\w-]+)", " ".join(_references(root))))
-    for element in root.iter():
-        _clean(element, name, used)
-    root.attrib = {
-        "viewBox": root.attrib["viewBox"],
-        "width": f"{figure.get_figwidth() * 72:g}",
-        "height": f"{figure.get_figheight() * 72:g}",
-        "role": "img",
-        "aria-label": description,
-    }
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _references(root: ElementTree.Element) -> Iterator[str]:
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            if key.endswith("href") or "url(#" in value:
-                yield value
-
-
-def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
-    element.tag = element.tag.rpartition("}")[2]
-    cleaned: dict[str, str] = {}
-    for key, value in element.attrib.items():
-        bare = key.rpartition("}")[2]
-        text = value
-        if bare == "id":
-            if value not in used:
-                continue
-            text = f"{name}-{value}"
-        elif bare == "href":
-            text = f"#{name}-{value.removeprefix('#')}"
-        elif "url(#" in value:
-            text = value.replace("url(#", f"url(#{name}-")
-        if bare == "style":
-            text = _STAND_IN.sub(lambda match: f"var(--{_VARIABLES[match[0]]})", text)
-            if element.tag == "text":
-                text = _style_of_text(text)
-        cleaned[bare] = text
-    element.attrib = cleaned
-
-
-def _style_of_text(style: str) -> str:
-    """Keep size, anchor and colour; the font is the page's."""
-    size = re.search(r"([\d.]+)px", style)
-    rest = _FONT.sub("", re.sub(r"font-size:[^;]*;?", "", style)).strip(" ;")
-    return f"font-size: {size[1] if size else '10.5'}px; {rest}"

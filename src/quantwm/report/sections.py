@@ -1,4 +1,4 @@
-"""The report's sections, each a fragment of HTML. Everything from outside is escaped."""
+"""The report's sections of one task, as HTML and tables. Everything from outside is escaped."""
 
 import json
 import statistics
@@ -8,9 +8,15 @@ from typing import Any
 
 import yaml
 
+from quantwm.evaluation import Row
 from quantwm.report import plots
-from quantwm.report.arms import Arm, EpisodeChoice, Row, number
+from quantwm.report.arms import Arm
+from quantwm.report.arms import number as finite
+from quantwm.report.document import Part
 from quantwm.report.filmstrip import Still, Strip
+from quantwm.report.filters import filter_data
+from quantwm.report.layouts import LABEL_KEYS, label_cells, verdict_cell
+from quantwm.report.tables import Cell, Column, Line, Table, data_attributes, number, words
 from quantwm.report.text import (
     decimal,
     escape,
@@ -23,85 +29,84 @@ from quantwm.report.text import (
 )
 
 _MOST_GRID_COLUMNS = 100
-_GROUPS = {
-    "float": "",
-    "quantized": "",
-    "oracle": "Oracle arms: references with privileged knowledge, not competitors",
-}
+_ORACLES = "Oracle arms: references with privileged knowledge, not competitors"
 
 
-def arms_table(arms: Sequence[Arm]) -> str:
-    """Every arm's numbers; oracles in a group of their own."""
-    heads = [
-        ("Arm", "pin"),
-        ("Success", "number"),
-        ("95% interval", ""),
-        ("Against<br>float", "number"),
-        ("95% interval", ""),
-        ("Won / lost<br>episodes", "number"),
-        ("p", "number"),
-        ("Separable<br>from float", ""),
-        ("Median MPC iterations<br>to success", "number"),
-        ("Stored", "number"),
-        ("Seconds", "number"),
-        ("Episodes", "number"),
+def arms_table(arms: Sequence[Arm], name: str) -> list[Part]:
+    """Every arm's numbers, oracles in a group of their own, and the notes below."""
+    columns = [
+        Column("arm", "Arm", "pin"),
+        *[Column(key) for key in LABEL_KEYS],
+        Column("success", "Success", "number"),
+        *[Column(key) for key in ("low", "high")],
+        Column("interval", "95% interval", "interval", stored=False),
+        Column("difference", "Against<br>float", "number"),
+        *[Column(key) for key in ("difference_low", "difference_high")],
+        Column("difference_interval", "95% interval", "interval", stored=False),
+        Column("won_lost", "Won / lost<br>episodes", "number", stored=False),
+        *[Column(key) for key in ("won", "lost")],
+        Column("p_value", "p", "number"),
+        Column("verdict", "Separable<br>from float"),
+        Column("first_success_median", "Median MPC iterations<br>to success", "number"),
+        Column("bytes", "Stored", "number"),
+        Column("seconds", "Seconds", "number"),
+        Column("episodes", "Episodes", "number"),
+        Column("note"),
     ]
-    bodies = []
-    for roles in (("float", "quantized"), ("oracle",)):
-        members = [arm for arm in arms if arm.role in roles]
-        if not members:
-            continue
-        title = _GROUPS[roles[0]]
-        group = f'<tr><th class="group" scope="rowgroup" colspan="{len(heads)}">{title}</th></tr>'
-        lines = "".join(_arm_line(arm) for arm in members)
-        bodies.append(f"<tbody>{group if title else ''}{lines}</tbody>")
-    table = f'<table class="wide">{_head(heads)}{"".join(bodies)}</table>'
+    table = Table(f"{name}-arms", "Table of arms", columns, [_arm_line(arm) for arm in arms])
     notes = "".join(
         f'<p class="hint"><b>{escape(arm.name)}</b>: {escape(arm.note)}.</p>'
         for arm in arms
         if arm.note
     )
-    return _scroll("Table of arms", table) + notes
+    return [table, notes]
 
 
-def _arm_line(arm: Arm) -> str:
-    verdicts = {
-        "reference": '<td class="separable-no">reference</td>',
-        "lower": '<td class="lower">yes, lower</td>',
-        "higher": '<td class="higher">yes, higher</td>',
-        "not separable": '<td class="separable-no">no</td>',
-        "not compared": '<td class="separable-no">–</td>',
+def _arm_line(arm: Arm) -> Line:
+    cells = {
+        "arm": words(arm.name),
+        **label_cells(arm.labels),
+        "success": number(arm.success, decimal(arm.success)),
+        "low": Cell(value=arm.low),
+        "high": Cell(value=arm.high),
+        "interval": Cell(interval(arm.low, arm.high)),
+        "verdict": verdict_cell(arm),
+        "first_success_median": number(
+            arm.first_success_median, decimal(arm.first_success_median, 1)
+        ),
+        "bytes": number(arm.bytes, megabytes(arm.bytes)),
+        "seconds": number(arm.seconds, decimal(arm.seconds, 0)),
+        "episodes": number(arm.episodes, str(arm.episodes)),
+        "note": Cell(value=arm.note or None),
     }
-    one = arm.difference
-    cells = [
-        _arm_head(arm),
-        _number(arm.success, decimal(arm.success)),
-        f'<td class="interval">{interval(arm.low, arm.high)}</td>',
-        _number(one.difference, signed(one.difference)) if one else _absent(),
-        f'<td class="interval">{signed_interval(one.low, one.high)}</td>' if one else "<td></td>",
-        f'<td class="number">{one.wins} / {one.losses}</td>' if one and one.n else _absent(),
-        _number(one.p_value, probability(number(one.p_value))) if one else _absent(),
-        verdicts[arm.verdict],
-        _number(arm.first_success_median, decimal(arm.first_success_median, 1)),
-        _number(arm.bytes, megabytes(arm.bytes)),
-        _number(arm.seconds, decimal(arm.seconds, 0)),
-        _number(arm.episodes, str(arm.episodes)),
-    ]
-    return f"<tr>{''.join(cells)}</tr>"
+    if one := arm.difference:
+        p_value = finite(one.p_value)
+        cells |= {
+            "difference": number(one.difference, signed(one.difference)),
+            "difference_low": Cell(value=one.low),
+            "difference_high": Cell(value=one.high),
+            "difference_interval": Cell(signed_interval(one.low, one.high)),
+            "won_lost": Cell(f"{one.wins} / {one.losses}" if one.n else ""),
+            "won": Cell(value=one.wins),
+            "lost": Cell(value=one.losses),
+            "p_value": number(p_value, probability(p_value)),
+        }
+    group = _ORACLES if arm.role == "oracle" else ""
+    return Line(cells, group, filter_data(arm))
 
 
-def comparison(arms: Sequence[Arm]) -> str:
+def comparison(arms: Sequence[Arm], name: str) -> str:
     """Success, difference and bytes by arm, on lines of the same order."""
-    figures = [plots.success_plot(arms)]
+    figures = [plots.success_plot(arms, name)]
     titles = ["Success"]
     if any(arm.difference for arm in arms):
-        figures.append(plots.difference_plot(arms))
+        figures.append(plots.difference_plot(arms, name))
         titles.append("Difference against float")
     if any(arm.bytes for arm in arms):
-        figures.append(plots.bytes_plot(arms))
+        figures.append(plots.bytes_plot(arms, name))
         titles.append("Stored bytes")
     parts = [
-        f"<figure><h3>{title}</h3>{figure}</figure>"
+        f"<figure><h4>{title}</h4>{figure}</figure>"
         for title, figure in zip(titles, figures, strict=True)
     ]
     hint = (
@@ -111,18 +116,15 @@ def comparison(arms: Sequence[Arm]) -> str:
     return f'<p class="hint">{hint}</p><div class="plots">{"".join(parts)}</div>'
 
 
-def iterations(arms: Sequence[Arm]) -> str:
+def iterations(arms: Sequence[Arm], name: str) -> str:
     """Success against MPC iteration, a panel an arm."""
     reference = next((arm for arm in arms if arm.role == "float"), None)
     panels = [
-        f'<figure><h3 class="arm">{escape(arm.name)}</h3>'
-        f"{plots.iteration_plot(arm, reference, index)}</figure>"
+        f'<figure><h4 class="arm">{escape(arm.name)}</h4>'
+        f"{plots.iteration_plot(arm, reference, index, name)}</figure>"
         for index, arm in enumerate(arms)
-        if arm.curve
     ]
-    if not panels:
-        return '<p class="hint">There are no episodes yet.</p>'
-    dotted = "; dotted: float" if reference and reference.curve else ""
+    dotted = "; dotted: float" if reference else ""
     hint = (
         "Share of episodes that have succeeded after each MPC iteration (0: at the start). "
         f"Success is kept once reached. Shaded: 95% interval{dotted}."
@@ -130,48 +132,52 @@ def iterations(arms: Sequence[Arm]) -> str:
     return f'<p class="hint">{hint}</p><div class="panels">{"".join(panels)}</div>'
 
 
-def episode_grid(arms: Sequence[Arm]) -> str:
+def episode_grid(arms: Sequence[Arm], name: str) -> list[Part]:
     """Which episode each arm solved, and after how many MPC iterations."""
     numbers = sorted({int(row["episode"]) for arm in arms for row in arm.rows})
     if not numbers or len(numbers) > _MOST_GRID_COLUMNS:
-        return ""
-    heads = [("Episode", "pin"), *((str(episode), "") for episode in numbers)]
+        return []
+    columns = [Column("arm", "Episode", "pin")]
+    columns += [Column(str(episode), str(episode)) for episode in numbers]
     lines = []
     for arm in arms:
-        by_episode = {int(row["episode"]): row for row in arm.rows}
-        cells = "".join(_grid_cell(by_episode.get(episode)) for episode in numbers)
-        lines.append(f"<tr>{_arm_head(arm)}{cells}</tr>")
-    table = f'<table class="grid">{_head(heads)}<tbody>{"".join(lines)}</tbody></table>'
+        cells = {str(int(row["episode"])): _grid_cell(row) for row in arm.rows}
+        absent = {str(episode): Cell(" ") for episode in numbers}
+        lines.append(Line(absent | cells | {"arm": words(arm.name)}, data=filter_data(arm)))
     hint = (
         "MPC iterations until success of every episode; a dash where it failed. A column is one "
         "start and goal, which every arm meets."
     )
-    return f'<p class="hint">{hint}</p>{_scroll("Episode by episode", table)}'
+    table = Table(f"{name}-episodes", "Episode by episode", columns, lines, kind="grid")
+    return [f'<p class="hint">{hint}</p>', table]
 
 
-def _grid_cell(row: Row | None) -> str:
-    if row is None:
-        return "<td></td>"
+def _grid_cell(row: Row) -> Cell:
     if not row["success"]:
-        return '<td class="no">–</td>'
-    return f'<td class="yes">{row["first_success"]}</td>'
+        return Cell("–", None, "no")
+    return Cell(str(row["first_success"]), row["first_success"], "yes")
 
 
-def filmstrip(shown: Sequence[Strip], choice: EpisodeChoice, task: str) -> str:
-    """Frames of one episode, a strip an arm, the goal first."""
+def filmstrips(shown: Sequence[Strip], choice: str, task: str) -> str:
+    """Frames of episodes, a strip a scene, the goal first."""
     parts = [
-        f'<p class="hint">Episode {choice.episode}: {escape(choice.reason)}. The frames are what '
-        "the model saw at each replan, and the last state; distances are in the task's units.</p>"
+        f'<p class="hint">{escape(choice)} The frames are what the model saw at each replan, and '
+        "the last state; distances are in the task's units.</p>"
     ]
     for strip in shown:
-        outcome = "reached the goal" if strip.row["success"] else "did not reach the goal"
-        count = plural(int(strip.row["iterations"]), "MPC iteration")
-        name = escape(strip.arm.name)
+        row = strip.scene.row
+        outcome = "reached the goal" if row["success"] else "did not reach the goal"
+        count = plural(int(row["iterations"]), "MPC iteration")
+        name = escape(strip.scene.arm.name)
         stills = "".join(_still(still, name, escape(task)) for still in strip.stills)
         goal = _still(strip.goal, name, escape(task))
+        remark = escape(strip.scene.remark)
+        told = f'<p class="hint">{remark}</p>' if remark else ""
         parts.append(
-            f'<h3 class="arm">{name}: {outcome} in {count}</h3>'
-            f'<ol class="strip" tabindex="0" aria-label="Frames of {name}">{goal}{stills}</ol>'
+            f"<div{data_attributes(filter_data(strip.scene.arm))}>"
+            f'<h4><span class="arm">{name}</span>: {outcome} in {count}</h4>'
+            f'{told}<ol class="strip" tabindex="0" aria-label="Frames of {name}">'
+            f"{goal}{stills}</ol></div>"
         )
     return "".join(parts)
 
@@ -197,7 +203,7 @@ def _still(still: Still, arm: str, task: str) -> str:
     )
 
 
-def failures(arms: Sequence[Arm]) -> str:
+def failures(arms: Sequence[Arm], name: str) -> list[Part]:
     """Failed episodes by arm and reason."""
     lines = []
     for arm in arms:
@@ -205,41 +211,38 @@ def failures(arms: Sequence[Arm]) -> str:
         for row in arm.failures:
             groups[str(row["failure"])].append(row)
         for reason, rows in sorted(groups.items()):
-            distances = [number(row["final_distance"]) for row in rows]
-            finite = [distance for distance in distances if distance is not None]
-            median = statistics.median(finite) if finite else None
-            episodes = ", ".join(str(row["episode"]) for row in rows)
-            lines.append(
-                f"<tr>{_arm_head(arm)}"
-                f'<td class="wrap">{escape(_REASONS.get(reason, reason))}</td>'
-                f"{_number(len(rows), f'{len(rows)} of {arm.episodes}')}"
-                f"{_number(median, decimal(median, 1))}"
-                f'<td class="wrap">{episodes}</td></tr>'
-            )
+            distances = [finite(row["final_distance"]) for row in rows]
+            usable = [distance for distance in distances if distance is not None]
+            median = statistics.median(usable) if usable else None
+            cells = {
+                "arm": words(arm.name),
+                "reason": words(_REASONS.get(reason, reason)),
+                "failed": number(len(rows), f"{len(rows)} of {arm.episodes}"),
+                "of": Cell(value=arm.episodes),
+                "median_final_distance": number(median, decimal(median, 1)),
+                "episodes": words(", ".join(str(row["episode"]) for row in rows)),
+            }
+            lines.append(Line(cells, data=filter_data(arm)))
     if not lines:
-        return "<p>No episode failed.</p>"
-    heads = [
-        ("Arm", "pin"),
-        ("Reason", ""),
-        ("Failed", "number"),
-        ("Median final<br>distance", "number"),
-        ("Episodes", ""),
+        return ["<p>No episode failed.</p>"]
+    columns = [
+        Column("arm", "Arm", "pin"),
+        Column("reason", "Reason", "wrap"),
+        Column("failed", "Failed", "number"),
+        Column("of"),
+        Column("median_final_distance", "Median final<br>distance", "number"),
+        Column("episodes", "Episodes", "wrap"),
     ]
-    return _scroll(
-        "Failures by reason", f"<table>{_head(heads)}<tbody>{''.join(lines)}</tbody></table>"
-    )
+    return [Table(f"{name}-failures", "Failures by reason", columns, lines, kind="")]
 
 
 _REASONS = {"not_reached": "goal not reached"}
 
 
 def reproduction(
-    rows: Sequence[Row],
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    command: str,
+    rows: Sequence[Row], config: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> str:
-    """The command, the configuration and what the numbers were computed with."""
+    """The configuration and what the numbers were computed with."""
     settings = [pair for pair in flattened(config) if not pair[0].startswith("arms")]
     recorded = _recorded(rows)
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
@@ -247,9 +250,8 @@ def reproduction(
     around = [*flattened(environment), *recorded]
     facts = [pair for pair in dict.fromkeys(around) if pair not in settings or pair[0] not in known]
     return (
-        f"<pre><code>{escape(command)}</code></pre>"
-        f'<div class="columns"><div><h3>Configuration</h3>{_facts(settings)}</div>'
-        f"<div><h3>Environment</h3>{_facts(facts)}</div></div>"
+        f'<div class="columns"><div><h4>Settings</h4>{_facts(settings)}</div>'
+        f"<div><h4>Environment</h4>{_facts(facts)}</div></div>"
         f"<details><summary>The whole configuration</summary><pre><code>{escape(text)}</code></pre>"
         "</details>"
     )
@@ -287,35 +289,5 @@ def _recorded(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> str:
-    lines = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
-        for key, value in pairs
-    )
-    return f'<table class="facts"><tbody>{lines}</tbody></table>' if lines else "<p>None.</p>"
-
-
-def _head(heads: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(
-        f'<th scope="col"{f" class={kind!r}" if kind else ""}>{title}</th>'.replace("'", '"')
-        for title, kind in heads
-    )
-    return f"<thead><tr>{cells}</tr></thead>"
-
-
-def _arm_head(arm: Arm) -> str:
-    name = escape(arm.name)
-    return f'<th class="pin" scope="row" title="{name}">{name}</th>'
-
-
-def _number(value: float | None, text: str) -> str:
-    if value is None:
-        return _absent()
-    return f'<td class="number"><data value="{value!r}">{text}</data></td>'
-
-
-def _absent() -> str:
-    return '<td class="number">–</td>'
-
-
-def _scroll(label: str, content: str) -> str:
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{content}</div>'
+    lines = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs)
+    return f'<dl class="facts">{lines}</dl>' if lines else "<p>None.</p>"

@@ -7,8 +7,9 @@ result = run_study(load_preset("quick", "wall"), "results/wall")
 
 from quantwm.study.arms import Arm
 from quantwm.study.dry_run import CellPlan, plan_study
-from quantwm.study.run import StudyInterrupted, StudyProgress, StudyResult, run_study
+from quantwm.study.run import StudyInterrupted, StudyResult, run_study
 from quantwm.study.spec import CalibrationSettings, StudySpec, load_preset, presets
+from quantwm.study.work import StudyProgress
 
 __all__ = [
     "Arm",

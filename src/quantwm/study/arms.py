@@ -76,9 +76,9 @@ class Arm:
 
         `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
         ("w4g128": every quantizable layer), or that of one side, or a block of it, with the rest
-        left in float ("encoder:w3", "predictor.blocks.0:w3"); a quantization may name its method ("w4@gptq",
-        "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "oracle-latent:w3" is the
-        oracle that encodes with the quantized model. "folder:PATH" is a quantized model that
+        left in float ("encoder:w3", "predictor.blocks.0:w3"); a quantization may name its method
+        ("w4@gptq", "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "oracle-latent:w3"
+        is the oracle that encodes with the quantized model. "folder:PATH" is a quantized model that
         `quantwm quantize` wrote, made from the study's float model. Settings are planner settings
         or `mpc_iterations` in which the arm differs from its study: "w3/steps=20".
 
@@ -240,6 +240,24 @@ def expanded(text: str) -> Iterator[str]:
         raise UsageError(f"arm {text!r} has nothing between its braces, so the grid is empty")
     for choice in match[1].split(","):
         yield from expanded(text[: match.start()] + choice.strip() + text[match.end() :])
+
+
+def float_arm(arms: Sequence[Arm]) -> Arm | None:
+    """The study's float arm: the first one, of the study's own budget if there is such a one."""
+    floats = [one for one in arms if one.kind == "float"]
+    return min(floats, key=lambda one: bool(one.budget()), default=None)
+
+
+def reference_arm(arms: Sequence[Arm], arm: Arm) -> Arm | None:
+    """The float arm that an arm is compared with: that of the same budget, else the study's.
+
+    None for the study's float arm itself, and where there is none.
+    """
+    own = float_arm(arms)
+    if arm == own:
+        return None
+    same = (one for one in arms if one.kind == "float" and one.budget() == arm.budget())
+    return own if arm.kind == "float" else next(same, own)
 
 
 def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict[str, LayerScheme]]:

@@ -3,6 +3,43 @@
 from collections.abc import Mapping, Sequence
 
 from quantwm.errors import GateError
+from quantwm.evaluation import ORACLES
+from quantwm.study.prepare import Prepared
+from quantwm.study.store import FinishedCell, ResultsFolder
+
+
+def gate_of(prepared: Prepared, folder: ResultsFolder) -> bool:
+    """Whether quantized arms may run: the float arm is finished and no failure, or there is none.
+
+    Raises:
+        GateError: the float arm fails, or could not be computed.
+    """
+    name = prepared.float_arm
+    if name is None:
+        return True
+    cells = prepared.cells
+    failure = folder.load_failure(cells[name].id)
+    if failure is not None:
+        raise GateError(f"the float arm {name!r} could not be computed: {failure['error']}")
+    reference = folder.load_cell(cells[name].id)
+    if reference is None:
+        return False
+    oracles: dict[str, list[bool]] = {
+        cell.kind: _successes(found)
+        for cell in cells.values()
+        if cell.kind in ORACLES
+        and not cell.plan
+        and (found := folder.load_cell(cell.id)) is not None
+    }
+    try:
+        check_gate(name, _successes(reference), oracles, prepared.spec.gate)
+    except GateError as error:
+        raise GateError(f"{error} Finished cells are kept in {folder.path}.") from None
+    return True
+
+
+def _successes(cell: FinishedCell) -> list[bool]:
+    return [bool(row["success"]) for row in cell.rows]
 
 
 def check_gate(

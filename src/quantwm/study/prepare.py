@@ -18,11 +18,13 @@ from quantwm.planning.defaults import default_planner
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.quant import LayerScheme, QuantPlan, quantization_of
 from quantwm.quant.apply import check_is_float
-from quantwm.study.arms import Arm, resolve_arms
+from quantwm.study.arms import Arm, float_arm, resolve_arms
 from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 
+FIRST: tuple[ArmKind, ...] = ("float", "oracle-state", "oracle-latent", "quantized")
+"""Kinds of arms in the order of computing; those with a plan come last."""
 UNDEFINING = ("version", "name", "model", "arms", "gate", "memory_budget")
 """Settings that may change within one results folder; the model counts by its hash."""
 
@@ -37,6 +39,7 @@ class Prepared:
         world_model, task, planner: the objects it names.
         model_hash: of the float model.
         device: where to compute, with an index where the user gave one.
+        planners: arm's name → its planner, which is the study's unless the arm says otherwise.
         cells: arm's name → its cell, in the study's order.
         calibration: id of the calibration that the study's calibrated arms share.
     """
@@ -47,6 +50,7 @@ class Prepared:
     planner: Planner
     model_hash: str
     device: torch.device
+    planners: Mapping[str, Planner]
     cells: Mapping[str, Cell]
     calibration: str
 
@@ -56,8 +60,19 @@ class Prepared:
 
     @property
     def float_arm(self) -> str | None:
-        """Name of the arm that others are compared with: the first float one, if any."""
-        return next((arm.name for arm in self.spec.arms if arm.kind == "float"), None)
+        """Name of the arm that the gate judges, if there is a float one."""
+        own = float_arm(self.spec.arms)
+        return None if own is None else own.name
+
+    @property
+    def order(self) -> list[str]:
+        """Arms as they are computed: what the gate and every difference need comes first."""
+
+        def rank(name: str) -> int:
+            arm = self.arm(name)
+            return FIRST.index(arm.kind) if arm.plan is None and arm.folder is None else len(FIRST)
+
+        return sorted(self.cells, key=rank)
 
     def definition(self) -> dict[str, Any]:
         """What fixes the rows of every arm, as flat dotted keys: one results folder holds one."""
@@ -88,7 +103,8 @@ def prepare(
     if world_model is None:
         world_model = load(spec.model, device=device)
     check_usable(world_model, task)
-    check_planner(spec.arms, planner)
+    planners = {arm.name: arm_planner(arm, planner) for arm in spec.arms}
+    check_planners(spec.arms, planners)
     resolved = resolve_arms(spec.arms, world_model)
     spec = replace(
         spec,
@@ -101,13 +117,19 @@ def prepare(
     fingerprint = model_hash(world_model)
     shared = _shared(spec, fingerprint)
     calibration = calibration_id(vars(spec.calibration), shared)
-    cells = {
-        arm.name: _cell(arm, resolved[arm.name], calibration, shared)
-        if arm.folder is None
-        else _saved_cell(arm, shared)
-        for arm in spec.arms
-    }
-    return Prepared(spec, world_model, task, planner, fingerprint, device, cells, calibration)
+    cells = {}
+    for arm in spec.arms:
+        own = shared | {
+            "planner": plain(planners[arm.name].settings()),
+            "mpc_iterations": arm.mpc_iterations or spec.mpc_iterations,
+        }
+        saved = arm.folder is not None
+        cells[arm.name] = (
+            _saved_cell(arm, own) if saved else _cell(arm, resolved[arm.name], calibration, own)
+        )
+    return Prepared(
+        spec, world_model, task, planner, fingerprint, device, planners, cells, calibration
+    )
 
 
 def check_usable(world_model: WorldModel, task: Task) -> None:
@@ -155,18 +177,45 @@ def build_planner(settings: Mapping[str, Any], task: str) -> Planner:
     return type(default).from_settings(default.settings() | values)
 
 
-def check_planner(arms: Iterable[Arm], planner: Planner) -> None:
+def arm_planner(arm: Arm, planner: Planner) -> Planner:
+    """The planner of an arm: the study's, with the settings that the arm changes.
+
+    Raises:
+        UsageError: unknown settings or bad values, or a planner that cannot be changed.
+    """
+    if not arm.planner:
+        return planner
+    from_settings = getattr(type(planner), "from_settings", None)
+    if from_settings is None:
+        raise UsageError(
+            f"arm {arm.name!r} changes the planner's settings, and {type(planner).__name__} has no "
+            "'from_settings' that builds one from settings"
+        )
+    try:
+        changed: Planner = from_settings(planner.settings() | dict(arm.planner))
+    except UsageError as error:
+        raise type(error)(f"arm {arm.name!r}: {error}") from error
+    return changed
+
+
+def check_planners(arms: Iterable[Arm], planners: Mapping[str, Planner]) -> None:
     """Refuse a planner that needs gradients where an arm has none.
 
     Raises:
         UsageError: names the arms.
     """
-    oracles = [repr(arm.name) for arm in arms if arm.kind in ORACLES]
-    if oracles and getattr(planner, "needs_gradients", False):
+    blind = [
+        arm.name
+        for arm in arms
+        if arm.kind in ORACLES and getattr(planners[arm.name], "needs_gradients", False)
+    ]
+    oracles = [repr(name) for name in blind]
+    if blind:
+        name = planners[blind[0]].settings()["name"]
         raise UsageError(
-            f"planner {planner.settings()['name']!r} needs gradients, and the simulator of "
-            f"{', '.join(oracles)} has none: leave these arms out (arms=float,...) or take a "
-            "planner that samples (planner.name=cem, icem or mppi)"
+            f"planner {name!r} needs gradients, and the simulator of {', '.join(oracles)} has "
+            "none: leave these arms out (arms=float,...) or take a planner that samples "
+            "(planner.name=cem, icem or mppi)"
         )
 
 
@@ -247,11 +296,11 @@ def _cell(
     arm: Arm, layers: Mapping[str, LayerScheme], calibration: str, shared: Mapping[str, Any]
 ) -> Cell:
     if arm.plan is None or not layers:
-        kind: ArmKind = "float" if arm.plan is not None else arm.kind
+        kind: ArmKind = "float" if arm.kind == "quantized" else arm.kind
         return Cell(kind=kind, plan={}, method=None, options={}, calibration=None, **shared)
     method = get_method(arm.plan.method, dict(arm.plan.options))
     return Cell(
-        kind="quantized",
+        kind=arm.kind,
         plan={name: str(scheme) for name, scheme in layers.items()},
         method=method.name,
         options=method.options(),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantwm.errors import UsageError
 from quantwm.evaluation import Row
+from quantwm.study.arms import float_arm, reference_arm
 from quantwm.study.labels import ArmLabels, labels_of
 from quantwm.study.rows import read_parquet
 from quantwm.study.spec import StudySpec
@@ -20,13 +21,16 @@ class TaskResults:
         task: its name.
         arms: arm's name → what it is, in the study's order; only arms that have rows.
         rows: arm's name → its rows, in the order of episodes.
-        reference: name of the float arm that others are compared with, or None.
+        reference: name of the study's float arm, or None.
+        compared: arm's name → name of the float arm that it is compared with: that of the same
+            budget where there is one; arms that are compared with none are left out.
     """
 
     task: str
     arms: Mapping[str, ArmLabels]
     rows: Mapping[str, Sequence[Row]] = field(repr=False)
     reference: str | None = None
+    compared: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_results(folder: str | Path) -> TaskResults:
@@ -57,5 +61,10 @@ def results_of(spec: StudySpec, rows: Sequence[Row]) -> TaskResults:
         rows={
             arm.name: sorted(by_arm[arm.name], key=lambda row: int(row["episode"])) for arm in known
         },
-        reference=next((arm.name for arm in known if arm.kind == "float"), None),
+        reference=own.name if (own := float_arm(known)) is not None else None,
+        compared={
+            arm.name: reference.name
+            for arm in known
+            if (reference := reference_arm(known, arm)) is not None
+        },
     )

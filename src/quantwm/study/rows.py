@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         pa.field("final_distance", pa.float64()),
         pa.field("distance_by_iteration", _FLOATS, nullable=False),
         pa.field("cost_by_iteration", _FLOATS, nullable=False),
+        pa.field("cost_by_step", pa.list_(_FLOATS), nullable=False),
         pa.field("states", pa.list_(_FLOATS), nullable=False),
         pa.field("goal", _FLOATS, nullable=False),
         pa.field("plan_seconds", pa.float64()),
@@ -51,7 +52,7 @@ LABELS = ("cell", "arm")
 """Columns that a reader adds: a cell's file says what was computed, not under which name."""
 
 Upgrader: TypeAlias = Callable[[Row], Row]
-UPGRADERS: dict[int, Upgrader] = {}
+UPGRADERS: dict[int, Upgrader] = {1: lambda row: row | {"cost_by_step": []}}
 """How a row of schema version v becomes one of version v + 1, by v. A change of `SCHEMA` raises
 `evaluation.SCHEMA_VERSION` and adds an entry here."""
 

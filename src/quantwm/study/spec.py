@@ -1,6 +1,6 @@
 """A study as a YAML file: which arms plan in which task, and under which settings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -143,7 +143,8 @@ class StudySpec:
             UsageError: the file is missing, no YAML mapping, or a setting is wrong.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            text = Path(path).read_text()
+            values = yaml.safe_load(text)
         except OSError as error:
             raise UsageError(f"cannot read the study {path}: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -153,7 +154,9 @@ class StudySpec:
         try:
             return cls.from_dict(values)
         except UsageError as error:
-            raise type(error)(f"{path}: {error}") from error
+            line = None if error.name is None else _line_of(error.name, text)
+            place = path if line is None else f"{path}, line {line}"
+            raise type(error)(f"{place}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting in its full form, as YAML and JSON values."""
@@ -223,6 +226,27 @@ def _override(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     if head not in ("task", "planner", "calibration") or not isinstance(inner, dict):
         raise UsageError(f"{'.'.join(path)!r}: {head!r} holds no settings of its own")
     inner[".".join(rest)] = value
+
+
+def _line_of(name: str, text: str) -> int | None:
+    """The line, from 1, of the first key or value in a YAML text that is, or contains, a name."""
+    scalars = list(_scalars(yaml.compose(text)))
+    exact = (node for node in scalars if node.value == name)
+    inside = (node for node in scalars if name in node.value)
+    found = next(exact, None) or next(inside, None)
+    return None if found is None else int(found.start_mark.line) + 1
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _scalars(key)
+            yield from _scalars(value)
 
 
 def _check_keys(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

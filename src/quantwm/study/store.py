@@ -1,6 +1,8 @@
 """The results folder of a study: one file a finished cell, and the tables made from them.
 
     cells/<id>.json           one finished cell; its own SHA-256 inside
+    failed/<id>.json          why a cell could not be computed, until it is tried again
+    claims/<id>.claim         a cell that a worker is computing
     config.yaml               the study, all resolved, and where it ran; itself a study file
     calibration.safetensors   what calibrated arms were calibrated on
     episodes.parquet          one row an episode
@@ -91,6 +93,15 @@ class ResultsFolder:
         """Where a finished cell lies."""
         return self.path / "cells" / f"{id}.json"
 
+    def failure_path(self, id: str) -> Path:
+        """Where the reason lies why a cell failed."""
+        return self.path / "failed" / f"{id}.json"
+
+    @property
+    def claims(self) -> Path:
+        """Where workers say what they compute."""
+        return self.path / "claims"
+
     def save_cell(self, finished: FinishedCell) -> None:
         """Write a finished cell atomically.
 
@@ -120,6 +131,25 @@ class ResultsFolder:
             aside = set_aside(path)
             logger.warning("%s; set aside as %s, the cell runs again", error, aside.name)
             return None
+
+    def save_failure(self, id: str, arm: str, error: BaseException, trace: str) -> None:
+        """Write why a cell could not be computed."""
+        message = f"{type(error).__name__}: {error}"
+        write_json(
+            self.failure_path(id), {"id": id, "arm": arm, "error": message, "traceback": trace}
+        )
+
+    def load_failure(self, id: str) -> dict[str, Any] | None:
+        """Why a cell could not be computed; None if it has not failed."""
+        try:
+            content = json.loads(self.failure_path(id).read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def clear_failure(self, id: str) -> None:
+        """Let a cell that failed be tried again."""
+        self.failure_path(id).unlink(missing_ok=True)
 
     def peek_cell(self, id: str) -> FinishedCell | None:
         """`load_cell` for a dry run: a damaged file counts as missing and stays where it is."""

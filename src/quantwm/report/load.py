@@ -1,0 +1,201 @@
+"""What the report reads: the files of a results folder, and what diagnoses of it lie there."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quantwm.errors import CorruptFileError, MismatchError
+from quantwm.evaluation import Row
+from quantwm.protocols import Task
+from quantwm.report.arms import Arm, arms_of
+from quantwm.study.prepare import build_task
+from quantwm.study.results import TaskResults, results_of
+from quantwm.study.rows import read_parquet
+from quantwm.study.spec import RECORD, StudySpec
+from quantwm.study.store import CONFIG, EPISODES, SUMMARY, ResultsFolder
+from quantwm.study.summary import COLUMNS
+
+DIAGNOSTICS = "diagnostics"
+"""Folder of the diagnoses within a results folder, one JSON file each."""
+
+_TITLES = {"pusht": "PushT", "point_maze": "PointMaze"}
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task's part of the report.
+
+    Attributes:
+        key: names it in the page's ids, filter and CSV files.
+        title: heads its section.
+        results: rows and labels of its arms.
+        arms: its arms with their summary, in the order shown.
+        planned: names of the arms that the study asked for.
+        config: the study, all resolved, as a mapping.
+        environment: versions, CPU, commit and the like.
+        task: draws frames.
+        diagnoses: contents of the diagnoses' files.
+    """
+
+    key: str
+    title: str
+    results: TaskResults
+    arms: Sequence[Arm] = field(repr=False)
+    planned: Sequence[str]
+    config: Mapping[str, Any] = field(repr=False)
+    environment: Mapping[str, Any] = field(repr=False)
+    task: Task = field(repr=False)
+    diagnoses: Sequence[Mapping[str, Any]] = field(repr=False, default=())
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of all arms."""
+        return [row for arm in self.arms for row in arm.rows]
+
+    @property
+    def reference(self) -> Arm | None:
+        """The float arm that others are compared with."""
+        return next((arm for arm in self.arms if arm.role == "float"), None)
+
+    def diagnosed(self, kind: str) -> list[Mapping[str, Any]]:
+        """The diagnoses of one kind."""
+        return [one for one in self.diagnoses if one.get("kind") == kind]
+
+
+def read_task(
+    folder: Path,
+    *,
+    environment: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+) -> TaskReport:
+    """A task's part of the report, from its results folder.
+
+    Raises:
+        QuantWMError: a file is missing, damaged or does not belong to the others.
+    """
+    config = ResultsFolder(folder).read_config()
+    missing = [name for name in (CONFIG, EPISODES, SUMMARY) if not (folder / name).is_file()]
+    if config is None or missing:
+        raise MismatchError(
+            f"{folder} lacks {', '.join(missing)}, so there is nothing to report; "
+            "give the folder of a finished study"
+        )
+    record = config.pop(RECORD, None) or {}
+    return task_report(
+        read_parquet(folder / EPISODES),
+        _read_summary(folder / SUMMARY),
+        config,
+        _recorded(record) if environment is None else environment,
+        build_task(StudySpec.from_dict(config).task) if task is None else task,
+        diagnoses=list(_read_diagnoses(folder / DIAGNOSTICS)),
+    )
+
+
+def task_report(
+    rows: Sequence[Row],
+    summary: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    task: Task,
+    *,
+    diagnoses: Sequence[Mapping[str, Any]] = (),
+) -> TaskReport:
+    """A task's part of the report.
+
+    Args:
+        rows: one an episode, the columns of `episodes.parquet`.
+        summary: one an arm, the columns of `summary.csv`; absent values None, NaN or "".
+        config: the study, without its record of where it ran.
+        environment: versions, CPU, commit and the like, shown as they are.
+        task: draws frames.
+        diagnoses: contents of the diagnoses' files.
+
+    Raises:
+        UsageError: the configuration is no study, or the summary has no arm.
+        MismatchError: summary and rows do not belong together.
+    """
+    spec = StudySpec.from_dict(config)
+    known = {arm.name for arm in spec.arms}
+    foreign = next((row["arm"] for row in rows if row["arm"] not in known), None)
+    if foreign is not None:
+        raise MismatchError(
+            f"there are episodes of arm {foreign!r}, which the study's configuration lacks; "
+            "run the study again to rewrite its tables"
+        )
+    results = results_of(spec, rows)
+    return TaskReport(
+        key=slug(task.name),
+        title=title_of(task.name),
+        results=results,
+        arms=arms_of(results, summary),
+        planned=[arm.name for arm in spec.arms],
+        config=config,
+        environment=environment,
+        task=task,
+        diagnoses=diagnoses,
+    )
+
+
+def distinct(tasks: Sequence[TaskReport]) -> list[TaskReport]:
+    """The same tasks with keys and titles that differ: by the study's name, else by a number."""
+    result: list[TaskReport] = []
+    for task in tasks:
+        one, count = task, 2
+        if sum(other.key == task.key for other in tasks) > 1:
+            study = str(task.config.get("name", "study"))
+            one = replace(task, key=f"{task.key}-{slug(study)}", title=f"{task.title}, {study}")
+        base = one
+        while any(other.key == one.key for other in result):
+            one = replace(base, key=f"{base.key}-{count}", title=f"{base.title} ({count})")
+            count += 1
+        result.append(one)
+    return result
+
+
+def title_of(name: str) -> str:
+    """What a task is called in headings."""
+    spaced = name.replace("_", " ")
+    return _TITLES.get(name, spaced[:1].upper() + spaced[1:])
+
+
+def slug(text: str) -> str:
+    """A text as part of an id or a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study noted of where it ran, without the cells, which the summary has."""
+    rest = {key: value for key, value in record.items() if key not in ("environment", "cells")}
+    return dict(record.get("environment") or {}) | rest
+
+
+def _read_summary(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as handle:
+            reader = csv.DictReader(handle)
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CorruptFileError(_unreadable(path, str(error))) from error
+    absent = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if absent:
+        raise CorruptFileError(_unreadable(path, f"it lacks {', '.join(absent)}"))
+    return lines
+
+
+def _read_diagnoses(folder: Path) -> Iterator[Mapping[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptFileError(_unreadable(path, str(error))) from error
+        if not isinstance(content, dict):
+            raise CorruptFileError(_unreadable(path, "it holds no mapping"))
+        yield content
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return f"cannot read {path}: {reason}; run the study's command again to write it anew"

@@ -1,0 +1,155 @@
+"""How the report's plots are made: matplotlib's SVG, turned into a part of an HTML page.
+
+Colours are CSS variables of the page, so that a plot follows its light and dark mode, and text
+stays text in the page's own font. One unit is one CSS pixel. A mark that belongs to a method or a
+width carries it as `data-` attributes, by which the page's filter shows and hides it.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from urllib.parse import parse_qsl, urlencode
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Stand-ins that matplotlib accepts; `inline` turns each into the page's CSS variable.
+INK, MUTED, RULE, ACCENT, WARN, SURFACE = (f"#00000{digit}" for digit in range(1, 7))
+SERIES = tuple(f"#00001{digit}" for digit in range(1, 7))
+"""Colours of series that colour-blind readers tell apart; markers and dashes tell the rest."""
+
+_VARIABLES = dict(
+    zip(
+        (INK, MUTED, RULE, ACCENT, WARN, SURFACE, *SERIES),
+        ("ink", "muted", "rule", "accent", "warn", "surface", *(f"c{n}" for n in range(1, 7))),
+        strict=True,
+    )
+)
+_STAND_IN = re.compile("|".join(_VARIABLES))
+_FONT = re.compile(r"font(-family)?:[^;]*;?")
+_DATA = "data:"
+
+
+def panel(
+    width: float, height: float, *, left: float, right: float, top: float, bottom: float
+) -> tuple[Figure, Axes]:
+    """A figure of a size in CSS pixels with one axes inside these margins, without a frame."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    box = (left / width, bottom / height)
+    axes = figure.add_axes((*box, (width - left - right) / width, (height - top - bottom) / height))
+    quiet(axes)
+    return figure, axes
+
+
+def quiet(axes: Axes) -> None:
+    """No frame and no tick marks; the grid is enough to read a value."""
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, labelsize=10.5, labelcolor=MUTED)
+    axes.xaxis.label.set_color(MUTED)
+    axes.yaxis.label.set_color(MUTED)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+
+
+def plain(text: mpl.text.Text) -> mpl.text.Text:
+    """Text that may hold a dollar sign."""
+    text.set_parse_math(False)
+    return text
+
+
+def shortened(name: str, length: int = 18) -> str:
+    """A name that fits; both ends stay: long names tend to differ in the last characters."""
+    printable = "".join(c if c.isprintable() else " " for c in name)
+    if len(printable) <= length:
+        return printable
+    kept = length // 2
+    return f"{printable[:kept]}…{printable[1 - kept :]}"
+
+
+def marked(data: Mapping[str, str]) -> str | None:
+    """The `gid` of an artist whose element shall carry these `data-` attributes."""
+    return _DATA + urlencode(data) if data else None
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Matplotlib's own defaults whatever the user's are, and ids that do not change."""
+    settings = {
+        **{k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith(("backend", "dat"))},
+        "svg.hashsalt": "quantwm",
+        "svg.fonttype": "none",
+        "font.size": 10.5,
+        "text.color": INK,
+    }
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        # The browser draws the text; which glyphs matplotlib's font lacks does not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def inline(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element for an HTML page, ids prefixed with `name`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    # Matplotlib's style element would apply to the whole page; the stylesheet holds its rule.
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    used = set(re.findall(r"#([\w-]+)", " ".join(_references(root))))
+    for element in root.iter():
+        _clean(element, name, used)
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "width": f"{figure.get_figwidth() * 72:g}",
+        "height": f"{figure.get_figheight() * 72:g}",
+        "role": "img",
+        "aria-label": description,
+    }
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _references(root: ElementTree.Element) -> Iterator[str]:
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key.endswith("href") or "url(#" in value:
+                yield value
+
+
+def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
+    element.tag = element.tag.rpartition("}")[2]
+    cleaned: dict[str, str] = {}
+    for key, value in element.attrib.items():
+        bare = key.rpartition("}")[2]
+        text = value
+        if bare == "id":
+            if value.startswith(_DATA):
+                pairs = parse_qsl(value.removeprefix(_DATA), keep_blank_values=True)
+                cleaned |= {f"data-{attribute}": content for attribute, content in pairs}
+                continue
+            if value not in used:
+                continue
+            text = f"{name}-{value}"
+        elif bare == "href":
+            text = f"#{name}-{value.removeprefix('#')}"
+        elif "url(#" in value:
+            text = value.replace("url(#", f"url(#{name}-")
+        if bare == "style":
+            text = _STAND_IN.sub(lambda match: f"var(--{_VARIABLES[match[0]]})", text)
+            if element.tag == "text":
+                text = _style_of_text(text)
+        cleaned[bare] = text
+    element.attrib = cleaned
+
+
+def _style_of_text(style: str) -> str:
+    """Keep size, anchor and colour; the font is the page's."""
+    size = re.search(r"([\d.]+)px", style)
+    rest = _FONT.sub("", re.sub(r"font-size:[^;]*;?", "", style)).strip(" ;")
+    return f"font-size: {size[1] if size else '10.5'}px; {rest}"

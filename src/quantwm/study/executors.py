@@ -1,0 +1,276 @@
+"""Where a study's cells are computed: in this process, in several, or as jobs of a cluster.
+
+All run the same worker (`quantwm.study.worker`) on the same folder, so that a study can be begun
+with one and finished with another, and workers may die and be started again.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from quantwm.errors import MissingExtraError, QuantWMError, UsageError
+from quantwm.study.estimate import estimated_seconds
+from quantwm.study.prepare import Prepared
+from quantwm.study.store import ResultsFolder
+from quantwm.study.work import StudyProgress
+from quantwm.study.worker import Job, work
+
+logger = logging.getLogger(__name__)
+
+Watch: TypeAlias = Callable[[], tuple[int, int]]
+"""Looks at what is finished by now, (cells done, of how many); called again and again."""
+ATTEMPTS = 3
+"""How often a cluster's jobs are submitted for the same cells."""
+KILLS = 10
+"""How often workers may be killed in a row without any cell being finished in between."""
+
+
+class Executor(Protocol):
+    """Runs workers on a job until all its cells are finished or have failed."""
+
+    @property
+    def workers(self) -> int:
+        """How many run at once on this machine; they share its cores."""
+        ...
+
+    def run(
+        self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
+    ) -> None:
+        """Compute what is left of a job. Returns when nothing is left, or raises what stopped it.
+
+        Args:
+            job: all of it.
+            prepared: its study.
+            watch: called whenever something may have been finished.
+            progress: shows how far it is.
+        """
+        ...
+
+
+class InProcess:
+    """One worker, in this process."""
+
+    workers = 1
+
+    def run(
+        self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
+    ) -> None:
+        """Work through the job, showing each arm's progress."""
+        work(job, prepared=prepared, progress=progress, on_cell=lambda: watch() and None)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Several worker processes on this machine.
+
+    Workers take cells as they come free. On CUDA each takes the next GPU. A worker that is killed
+    is started again.
+
+    Attributes:
+        workers: processes.
+    """
+
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"workers must be at least 1, got {self.workers}")
+
+    def run(
+        self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
+    ) -> None:
+        """Start the workers and wait for them.
+
+        Raises:
+            QuantWMError: workers are killed again and again without finishing anything.
+        """
+        folder = ResultsFolder(job.folder)
+        context = multiprocessing.get_context("spawn")
+        kills, finished = 0, 0
+        show = _bar(progress, f"{self.workers} workers")
+
+        def start(index: int) -> BaseProcess:
+            process = context.Process(
+                target=_worker, args=(_on_device(job, prepared, index),), daemon=True
+            )
+            process.start()
+            return process
+
+        running = {index: start(index) for index in range(self.workers)}
+        try:
+            while running:
+                time.sleep(min(job.poll, 0.2))
+                show(*watch())
+                for index, process in list(running.items()):
+                    if process.exitcode is None:
+                        continue
+                    del running[index]
+                    if process.exitcode == 0:
+                        continue
+                    logger.warning("worker %d stopped with code %d", index, process.exitcode)
+                    if process.exitcode > 0:
+                        continue  # it said why
+                    done = sum(not _is_open(name, prepared, folder) for name in prepared.cells)
+                    kills = kills + 1 if done == finished else 1
+                    finished = done
+                    if kills > KILLS:
+                        raise QuantWMError(
+                            f"workers were killed {kills} times in a row, perhaps for want of "
+                            "memory: try fewer workers, or a smaller memory_budget"
+                        )
+                    running[index] = start(index)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.join()
+            if progress is not None:
+                progress.finish()
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Jobs of a Slurm cluster, through submitit.
+
+    Cells are put together to jobs of a sensible length. A job that runs out of time is submitted
+    again and goes on with what is left of it; one that dies is replaced.
+
+    Attributes:
+        minutes: what a job should take, by the estimate of a dry run.
+        timeout: minutes after which the cluster ends a job.
+        most_jobs: jobs that run at once.
+        parameters: for submitit, such as {"slurm_partition": "gpu", "cpus_per_task": 8}.
+        cluster: "slurm", or "local" to run the jobs as processes here, as tests do.
+    """
+
+    minutes: float = 30.0
+    timeout: int = 240
+    most_jobs: int = 100
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    cluster: str = "slurm"
+
+    workers = 1
+
+    def run(
+        self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
+    ) -> None:
+        """Submit the reference arms, then all others, until nothing is left."""
+        first = [name for name in prepared.order if prepared.arm(name).plan is None]
+        show = _bar(progress, f"{self.cluster} jobs")
+
+        def look() -> None:
+            show(*watch())
+
+        try:
+            for names in (first, [name for name in prepared.order if name not in first]):
+                self._phase(names, job, prepared, look)
+        finally:
+            if progress is not None:
+                progress.finish()
+
+    def _phase(
+        self, names: Sequence[str], job: Job, prepared: Prepared, look: Callable[[], None]
+    ) -> None:
+        folder = ResultsFolder(job.folder)
+        for _ in range(ATTEMPTS):
+            left = [name for name in names if _is_open(name, prepared, folder)]
+            if not left:
+                return
+            submitted = self._submit(job, batches(left, prepared, self.minutes))
+            while not all(one.done() for one in submitted):
+                time.sleep(job.poll)
+                look()
+            look()
+            errors = [error for one in submitted if (error := one.exception()) is not None]
+            if errors:
+                logger.warning("%d of %d jobs failed: %s", len(errors), len(submitted), errors[0])
+        left = [name for name in names if _is_open(name, prepared, folder)]
+        if left:
+            raise QuantWMError(
+                f"the jobs of {len(left)} arms ({', '.join(left[:3])}{', …' * (len(left) > 3)}) "
+                f"ended {ATTEMPTS} times without a result; their logs are in {self._logs(job)}"
+            )
+
+    def _submit(self, job: Job, parts: Sequence[tuple[str, ...]]) -> Sequence[Any]:
+        try:
+            submitit = importlib.import_module("submitit")
+        except ImportError as error:
+            raise MissingExtraError("a study on a cluster", "submitit", "slurm") from error
+        executor = submitit.AutoExecutor(folder=self._logs(job), cluster=self.cluster)
+        settings = {"name": f"quantwm-{job.spec.name}", "timeout_min": self.timeout}
+        if self.cluster == "slurm":
+            settings["slurm_array_parallelism"] = self.most_jobs
+        executor.update_parameters(**(settings | dict(self.parameters)))
+        jobs: Sequence[Any] = executor.map_array(
+            Resubmitted(), [replace(job, arms=part) for part in parts]
+        )
+        return jobs
+
+    def _logs(self, job: Job) -> Path:
+        return job.folder / "logs"
+
+
+class Resubmitted:
+    """What a cluster's job runs; out of time it is submitted again, with the same job."""
+
+    def __call__(self, job: Job) -> None:
+        """Work through the job."""
+        work(job)
+
+    def checkpoint(self, job: Job) -> Any:
+        """What submitit puts in the place of a job that ran out of time or was preempted."""
+        return importlib.import_module("submitit.helpers").DelayedSubmission(self, job)
+
+
+def batches(names: Sequence[str], prepared: Prepared, minutes: float) -> list[tuple[str, ...]]:
+    """Arms in their order, put together so that each batch takes about so many minutes."""
+    parts: list[list[str]] = []
+    filled = 0.0
+    for name in names:
+        seconds = estimated_seconds(prepared.cells[name])
+        if not parts or filled + seconds > minutes * 60:
+            parts.append([])
+            filled = 0.0
+        parts[-1].append(name)
+        filled += seconds
+    return [tuple(part) for part in parts]
+
+
+def _worker(job: Job) -> None:
+    """What a process of `Local` runs."""
+    work(job)
+
+
+def _bar(progress: StudyProgress | None, label: str) -> Callable[[int, int], None]:
+    """One stage for all that workers do elsewhere."""
+    if progress is None:
+        return lambda _done, _total: None
+    progress.start(label, 0, 0)
+    return progress.update
+
+
+def _on_device(job: Job, prepared: Prepared, index: int) -> Job:
+    """The job with the GPU of a worker, where there are several."""
+    if prepared.device.type != "cuda" or prepared.device.index is not None:
+        return job
+    gpu = index % max(1, torch.cuda.device_count())
+    return replace(job, spec=replace(job.spec, device=f"cuda:{gpu}"))
+
+
+def _is_open(name: str, prepared: Prepared, folder: ResultsFolder) -> bool:
+    id = prepared.cells[name].id
+    return folder.load_cell(id) is None and folder.load_failure(id) is None
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

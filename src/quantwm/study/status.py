@@ -1,0 +1,82 @@
+"""How far a study is, read from its folder without loading anything."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from quantwm.errors import UsageError
+from quantwm.study.claims import Claims
+from quantwm.study.spec import RECORD
+from quantwm.study.store import ResultsFolder
+
+State: TypeAlias = Literal["done", "running", "failed", "waiting"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "waiting")
+
+
+@dataclass(frozen=True)
+class ArmStatus:
+    """Where an arm stands.
+
+    Attributes:
+        arm: its name.
+        cell: id of its cell.
+        state: "done", "running" (a live worker has it), "failed" or "waiting".
+        note: the error of a failed one, the worker of a running one.
+        seconds: what a finished one took, or for how long a running one has been running.
+    """
+
+    arm: str
+    cell: str
+    state: State
+    note: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """Where a study stands, arm by arm in its order."""
+
+    folder: Path
+    arms: tuple[ArmStatus, ...]
+
+    def count(self, state: State) -> int:
+        """Arms in a state."""
+        return Counter(arm.state for arm in self.arms)[state]
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{self.count(s)} {s}" for s in STATES if self.count(s))
+        return f"{self.folder}: {len(self.arms)} arms, {counted}"
+
+
+def study_status(folder: str | Path) -> StudyStatus:
+    """Where the study in a results folder stands.
+
+    Raises:
+        UsageError: the folder holds no study.
+        CorruptFileError: its configuration is damaged.
+    """
+    results = ResultsFolder(Path(folder))
+    config = results.read_config()
+    cells = ((config or {}).get(RECORD) or {}).get("cells")
+    if not isinstance(cells, dict):
+        raise UsageError(f"{folder} holds no study: it has no config.yaml with a record of cells")
+    claims = Claims(results.claims)
+    return StudyStatus(
+        results.path, tuple(_arm(name, str(id), results, claims) for name, id in cells.items())
+    )
+
+
+def _arm(name: str, id: str, results: ResultsFolder, claims: Claims) -> ArmStatus:
+    finished = results.peek_cell(id)
+    if finished is not None:
+        return ArmStatus(name, id, "done", seconds=finished.seconds)
+    holder = claims.holder(id)
+    if holder is not None:
+        worker = f"process {holder.get('pid')} on {holder.get('host')}"
+        return ArmStatus(name, id, "running", worker, time.time() - float(holder["started"]))
+    failure = results.load_failure(id)
+    if failure is not None:
+        return ArmStatus(name, id, "failed", str(failure.get("error", "")))
+    return ArmStatus(name, id, "waiting")

@@ -1,0 +1,206 @@
+"""What computes one cell of a study: quantize, plan in closed loop, store."""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from quantwm.calibration import Calibration, calibrate, calibration_origin
+from quantwm.compute import resolve_dtype
+from quantwm.errors import CorruptFileError
+from quantwm.evaluation import ORACLES, Outcome, Progress, evaluate, evaluate_oracle
+from quantwm.loading import load
+from quantwm.methods import quantize
+from quantwm.protocols import WorldModel
+from quantwm.quant.artifact import stored_bytes
+from quantwm.study.arms import Arm
+from quantwm.study.cells import Cell, plain
+from quantwm.study.claims import Claims
+from quantwm.study.prepare import Prepared
+from quantwm.study.store import FinishedCell, ResultsFolder, set_aside
+
+logger = logging.getLogger(__name__)
+
+
+class StudyProgress(Protocol):
+    """What shows how far a study is. Calls come in order, from one thread."""
+
+    def start(self, label: str, index: int, count: int) -> None:
+        """A stage begins: an arm, the `index`-th of `count` from 1, or "calibration" with 0."""
+        ...
+
+    def update(self, done: int, total: int) -> None:
+        """The stage's work; `total` may shrink."""
+        ...
+
+    def finish(self) -> None:
+        """The stage is over, finished or not."""
+        ...
+
+
+class CellWork:
+    """Computes cells of a prepared study and stores them.
+
+    Args:
+        prepared: the study.
+        folder: its results.
+        claims: keep two workers from making the same thing.
+        progress: shows how far it is.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: ResultsFolder,
+        claims: Claims,
+        progress: StudyProgress | None = None,
+    ) -> None:
+        self._prepared, self._folder = prepared, folder
+        self._claims, self._progress = claims, progress
+        self._calibration: Calibration | None = None
+
+    def attempt(self, name: str) -> bool:
+        """Compute and store an arm's cell; an error of the arm's own is stored as its failure.
+
+        Returns:
+            False if another worker has the cell, or makes the calibration that it needs.
+
+        Raises:
+            QuantWMError: the folder cannot be written.
+        """
+        cell = self._prepared.cells[name]
+        with self._claims.held(cell.id) as free:
+            if not free:
+                return False
+            if self._folder.load_cell(cell.id) is not None:
+                return True  # finished between the look and the claim
+            try:
+                if cell.calibration is not None and not self._has_calibration():
+                    return False
+                finished = self._computed(name, cell)
+            except Exception as error:
+                logger.exception("cell %s of arm %s failed", cell.id, name)
+                self._folder.save_failure(cell.id, name, error, traceback.format_exc())
+                return True
+            self._folder.save_cell(finished)
+        logger.info("finished cell %s of arm %s", cell.id, name)
+        return True
+
+    def _computed(self, name: str, cell: Cell) -> FinishedCell:
+        index = self._prepared.order.index(name) + 1
+        with self._stage(name, index) as update:
+            began = perf_counter()
+            outcome, size = self._evaluate(self._prepared.arm(name), cell, update)
+            return FinishedCell.from_rows(
+                cell.id,
+                cell.to_dict(),
+                outcome.rows,
+                bytes=size,
+                seconds=perf_counter() - began,
+            )
+
+    def _evaluate(self, arm: Arm, cell: Cell, update: Progress) -> tuple[Outcome, int | None]:
+        """The outcome of one arm, and the bytes of its model."""
+        spec = self._prepared.spec
+        settings: dict[str, Any] = {
+            "task": self._prepared.task,
+            "episodes": spec.episodes,
+            "seed": spec.seed,
+            "block": spec.block,
+            "planner": self._prepared.planners[arm.name],
+            "mpc_iterations": cell.mpc_iterations,
+            "device": self._prepared.device,
+            "dtype": spec.dtype,
+            "memory_budget": spec.memory_budget,
+            "arm": arm.name,
+            "progress": update,
+        }
+        model = self._model(arm, cell)
+        for oracle in ORACLES:
+            if cell.kind == oracle:
+                return evaluate_oracle(oracle, world_model=model, **settings), None
+        return evaluate(model, **settings), stored_bytes(model)
+
+    def _model(self, arm: Arm, cell: Cell) -> WorldModel:
+        if arm.folder is not None:
+            return load(Path(arm.folder))
+        if cell.plan and arm.plan is not None:
+            return quantize(self._prepared.world_model, arm.plan, self._calibration)
+        return self._prepared.world_model
+
+    def _has_calibration(self) -> bool:
+        """Have the calibration that the study's arms share: read it, or else make it.
+
+        False while another worker makes it.
+        """
+        if self._calibration is None:
+            with self._claims.held(f"calibration-{self._prepared.calibration}") as free:
+                if free:
+                    self._calibration = self._stored_calibration() or self._new_calibration()
+        return self._calibration is not None
+
+    def _stored_calibration(self) -> Calibration | None:
+        path = self._folder.calibration
+        if not path.exists():
+            return None
+        try:
+            stored = Calibration.load(path)
+        except CorruptFileError as error:
+            logger.warning("%s; set aside as %s, made anew", error, set_aside(path).name)
+            return None
+        if (stored.model_hash, plain(stored.origin)) == (
+            self._prepared.model_hash,
+            plain(self._origin()),
+        ):
+            return stored
+        logger.warning(
+            "%s is not this study's calibration; set aside as %s, made anew",
+            path,
+            set_aside(path).name,
+        )
+        return None
+
+    def _new_calibration(self) -> Calibration:
+        spec = self._prepared.spec
+        with self._stage("calibration", 0) as update:
+            made = calibrate(
+                self._prepared.world_model,
+                self._prepared.task,
+                episodes=spec.calibration.episodes,
+                seed=spec.calibration.seed,
+                samples=spec.calibration.samples,
+                planner=self._prepared.planner,
+                mpc_iterations=spec.mpc_iterations,
+                device=self._prepared.device,
+                dtype=spec.dtype,
+                memory_budget=spec.memory_budget,
+                progress=update,
+            )
+        made.save(self._folder.calibration)
+        return made
+
+    def _origin(self) -> dict[str, Any]:
+        spec = self._prepared.spec
+        return calibration_origin(
+            self._prepared.task,
+            spec.calibration.seed,
+            spec.calibration.episodes,
+            spec.calibration.samples,
+            self._prepared.planner,
+            spec.mpc_iterations,
+            resolve_dtype(spec.dtype, self._prepared.device),
+        )
+
+    @contextmanager
+    def _stage(self, label: str, index: int) -> Iterator[Progress]:
+        if self._progress is None:
+            yield lambda _done, _total: None
+            return
+        self._progress.start(label, index, len(self._prepared.cells))
+        try:
+            yield self._progress.update
+        finally:
+            self._progress.finish()

@@ -1,0 +1,155 @@
+"""A worker: computes those cells of a study that nobody else has, until none is left."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantwm.compute import NUMERICS_VERSION, cpu_threads, package_version, source_commit
+from quantwm.errors import MismatchError
+from quantwm.protocols import Planner, Task, WorldModel
+from quantwm.study.claims import HEARTBEAT, STALE, Claims
+from quantwm.study.gate import gate_of
+from quantwm.study.prepare import Prepared, prepare
+from quantwm.study.spec import RECORD, StudySpec
+from quantwm.study.store import ResultsFolder
+from quantwm.study.work import CellWork, StudyProgress
+
+logger = logging.getLogger(__name__)
+
+POLL = 1.0
+"""Seconds between two looks at what other workers have finished."""
+
+
+def this_version() -> dict[str, Any]:
+    """What a worker must share with those that it works with."""
+    return {
+        "quantwm": package_version(),
+        "commit": source_commit(),
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does; it can be sent to another process or machine.
+
+    Attributes:
+        spec: the study, resolved.
+        folder: its results folder, on a drive that all workers share.
+        arms: whose cells to compute, in this order; None for all.
+        world_model, task, planner: in place of those that the study names.
+        version: of the quantwm that wrote the job.
+        heartbeat, stale, poll: seconds, as in `claims` and `POLL`.
+    """
+
+    spec: StudySpec
+    folder: Path
+    arms: tuple[str, ...] | None = None
+    world_model: WorldModel | None = None
+    task: Task | None = None
+    planner: Planner | None = None
+    version: dict[str, Any] = field(default_factory=this_version)
+    heartbeat: float = HEARTBEAT
+    stale: float = STALE
+    poll: float = POLL
+
+    def prepared(self) -> Prepared:
+        """The study, ready to run."""
+        return prepare(
+            self.spec, world_model=self.world_model, task=self.task, planner=self.planner
+        )
+
+
+def job_of(folder: str | Path) -> Job:
+    """The job that a results folder asks for: all of its study.
+
+    Raises:
+        MismatchError: it holds no study.
+    """
+    path = Path(folder)
+    config = ResultsFolder(path).read_config()
+    record = (config or {}).get(RECORD)
+    if config is None or not isinstance(record, dict):
+        raise MismatchError(
+            f"{path} holds no study to join (no config.yaml with a record): start one there with "
+            "'quantwm study'"
+        )
+    version = record.get("version") or {}
+    return Job(StudySpec.from_dict(config), path, version=dict(version))
+
+
+def work(
+    job: Job,
+    *,
+    prepared: Prepared | None = None,
+    progress: StudyProgress | None = None,
+    on_cell: Callable[[], None] | None = None,
+) -> None:
+    """Compute what is left of a job, sharing it with all other workers of its folder.
+
+    Returns when every cell of the job is finished or has failed, by this worker or another one.
+
+    Args:
+        job: what to do.
+        prepared: the job's study, if it is at hand.
+        progress: shows how far it is.
+        on_cell: called after each cell that this worker is through with.
+
+    Raises:
+        MismatchError: this is not the quantwm that wrote the job.
+        GateError: the float arm fails, so that the others would be compared with nothing.
+        QuantWMError: the folder cannot be written.
+    """
+    check_version(job)
+    prepared = prepared or job.prepared()
+    folder = ResultsFolder(job.folder)
+    claims = Claims(folder.claims, heartbeat=job.heartbeat, stale=job.stale)
+    worker = CellWork(prepared, folder, claims, progress)
+    left = [name for name in prepared.order if job.arms is None or name in job.arms]
+    with cpu_threads(prepared.spec.threads):
+        while left:
+            done = _first_possible(left, prepared, folder, worker)
+            if done is None:
+                time.sleep(job.poll)
+                continue
+            left.remove(done)
+            if on_cell is not None:
+                on_cell()
+
+
+def check_version(job: Job) -> None:
+    """Refuse a job that another version of quantwm wrote.
+
+    Raises:
+        MismatchError: says which differ; rows of both in one study would not compare.
+    """
+    own = this_version()
+    differing = [key for key in own if job.version.get(key) != own[key]]
+    if differing:
+        listed = ", ".join(
+            f"{key} {job.version.get(key)} there, {own[key]} here" for key in differing
+        )
+        raise MismatchError(
+            f"the study in {job.folder} is run by another quantwm ({listed}): install the same one "
+            "here, or run the study's own command again with this one"
+        )
+
+
+def _first_possible(
+    left: Sequence[str], prepared: Prepared, folder: ResultsFolder, worker: CellWork
+) -> str | None:
+    """The first arm whose cell is there, has failed, or could be computed now."""
+    for name in left:
+        cell = prepared.cells[name]
+        if folder.cell_path(cell.id).exists() and folder.load_cell(cell.id) is not None:
+            return name
+        if folder.load_failure(cell.id) is not None:
+            return name
+        if cell.kind == "quantized" and not gate_of(prepared, folder):
+            continue
+        if worker.attempt(name):
+            return name
+    return None

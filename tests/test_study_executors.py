@@ -1,0 +1,241 @@
+"""Workers that share a folder: claims, processes, a cluster's jobs, kill -9, versions, status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMError, UsageError
+from quantwm.study import run_study
+from quantwm.study.claims import Claims
+from quantwm.study.executors import Local, Slurm, batches
+from quantwm.study.prepare import prepare
+from quantwm.study.status import study_status
+from quantwm.study.worker import Job, job_of, work
+from study_support import PointModel, PointTask, Recorder, by_arm, point_spec, study
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The study of `point_spec`, run once by one worker without interruption."""
+    return run_study(**study(), out=tmp_path_factory.mktemp("reference"))
+
+
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class TestClaims:
+    def test_one_holder_at_a_time(self, tmp_path):
+        claims = Claims(tmp_path / "claims")
+        with claims.held("a") as first, claims.held("a") as second, claims.held("b") as other:
+            assert (first, second, other) == (True, False, True)
+            assert claims.holder("a")["pid"] == os.getpid()
+        with claims.held("a") as again:
+            assert again
+        assert list((tmp_path / "claims").iterdir()) == []
+
+    def test_of_many_at_once_one_wins(self, tmp_path):
+        barrier, got = threading.Barrier(8), []
+
+        def take():
+            barrier.wait()
+            with Claims(tmp_path).held("a") as free:
+                got.append(free)
+                time.sleep(0.3)
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(got) == [False] * 7 + [True]
+
+    @pytest.mark.parametrize("why", ["dead", "silent", "cut off"])
+    def test_a_dead_workers_claim_is_taken_over(self, tmp_path, why):
+        claims = Claims(tmp_path, stale=30)
+        with claims.held("a"):
+            path = next(tmp_path.glob("*.claim"))
+            if why == "dead":
+                rewrite(path, pid=dead_pid())
+            elif why == "silent":
+                rewrite(path, host="elsewhere")
+                os.utime(path, (time.time() - 31,) * 2)
+            else:
+                path.write_text("{")
+                os.utime(path, (time.time() - 31,) * 2)
+            assert claims.holder("a") is None
+            with claims.held("a") as free:
+                assert free
+                # The one who lost it must not remove the new one.
+                assert path.exists()
+
+    def test_a_claim_of_another_host_that_beats_is_respected(self, tmp_path):
+        claims = Claims(tmp_path, heartbeat=0.05, stale=0.4)
+        with claims.held("a"):
+            rewrite(next(tmp_path.glob("*.claim")), host="elsewhere")
+            time.sleep(0.8)
+            with Claims(tmp_path, stale=0.4).held("a") as free:
+                assert not free
+
+    def test_a_loser_leaves_the_winners_claim(self, tmp_path):
+        claims = Claims(tmp_path)
+        with claims.held("a"):
+            path = next(tmp_path.glob("*.claim"))
+            rewrite(path, token="another's")
+        assert path.exists()
+
+    def test_an_unwritable_folder_is_named(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with (
+            pytest.raises(QuantWMError, match="cannot write"),
+            Claims(tmp_path / "file" / "claims").held("a"),
+        ):
+            pass
+
+
+@pytest.mark.slow
+def test_processes_give_the_rows_of_one_worker(tmp_path, reference):
+    told = []
+    result = run_study(
+        **study(), out=tmp_path, executor=Local(2), on_arm=lambda arm: told.append(arm["arm"])
+    )
+    assert by_arm(result) == by_arm(reference)
+    assert sorted(told) == sorted(arm.name for arm in point_spec().arms)
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+@pytest.mark.slow
+# submitit lets go of the processes that it starts without waiting for them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_jobs_of_a_cluster_give_the_rows_of_one_worker(tmp_path, reference, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the jobs find PointModel
+    executor = Slurm(minutes=5e-4, timeout=5, cluster="local")
+    result = run_study(**study(), out=tmp_path, executor=executor)
+    assert by_arm(result) == by_arm(reference)
+    assert len(list((tmp_path / "logs").glob("*_submitted.pkl"))) > 2
+
+
+def test_batches_keep_the_order_and_fill_up_to_the_time():
+    prepared = prepare(**study(point_spec(arms=["float", "w8", "w4", "w3", "w2"])))
+    names = list(prepared.cells)
+    assert batches(names, prepared, 1e9) == [tuple(names)]
+    assert batches(names, prepared, 1e-9) == [(name,) for name in names]
+    some = batches(names, prepared, 2.5 * 6 * 3 * 16 * 2 * 3 * 3e-4 / 60)
+    assert [len(part) for part in some] == [2, 2, 1]
+    assert [name for part in some for name in part] == names
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_no_row(tmp_path, reference):
+    """Two workers, killed again and again; the study's own command puts the rest right."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from quantwm.study import run_study;"
+        "from study_support import study;"
+        "run_study(**study(), out=sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    for kill in range(4):
+        workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+        began = time.monotonic()
+        while time.monotonic() - began < 60 and not list(tmp_path.glob("claims/*.claim")):
+            time.sleep(0.01)
+        time.sleep(0.03 * kill)
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+    assert by_arm(run_study(**study(), out=tmp_path)) == by_arm(reference)
+
+
+def test_a_worker_waits_for_what_another_computes(tmp_path, reference):
+    """The other worker is this test: it holds a cell's claim, then finishes the cell."""
+    spec = reference.spec
+    job = Job(spec, tmp_path, None, PointModel(), PointTask(), poll=0.05)
+    cell = prepare(**study()).cells["w4"].id
+    seen = []
+
+    def finish():
+        time.sleep(1.0)
+        seen.append((tmp_path / "cells" / f"{cell}.json").exists())
+        source = reference.folder / "cells" / f"{cell}.json"
+        (tmp_path / "cells" / f"{cell}.json").write_bytes(source.read_bytes())
+
+    recorder = Recorder()
+    with Claims(tmp_path / "claims").held(cell):
+        thread = threading.Thread(target=finish)
+        thread.start()
+        work(job, progress=recorder)
+        thread.join()
+    assert seen == [False]
+    assert "w4" not in recorder.started
+    assert len(recorder.started) == 5
+
+
+def test_workers_join_a_started_study(tmp_path, reference, monkeypatch):
+    few = point_spec(arms=["float"])
+    run_study(**study(few), out=tmp_path)
+    job = job_of(tmp_path)
+    assert job.arms is None
+    assert job.spec.arms == few.arms
+    with pytest.raises(MismatchError, match="holds no study to join"):
+        job_of(tmp_path / "nowhere")
+    other = replace(job, version=job.version | {"quantwm": "9.9"})
+    with pytest.raises(MismatchError, match=r"quantwm 9\.9 there"):
+        work(other)
+
+
+def test_a_worker_heeds_the_gate(tmp_path):
+    spec = point_spec(arms=["float", "w8"], gate=1.0, task="point")
+    job = Job(spec, tmp_path, None, PointModel(speed=-1.0), PointTask())
+    with pytest.raises(GateError, match="below the gate"):
+        work(job)
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+
+
+def test_a_float_arm_that_cannot_be_computed_stops_the_study(tmp_path):
+    with pytest.raises(CellsFailedError, match="float: RuntimeError"):
+        run_study(
+            **study(point_spec(arms=["float"])),
+            out=tmp_path,
+            progress=Recorder(break_at=1, error=RuntimeError("broken")),
+        )
+
+
+def test_status_counts_what_is_done_running_failed_and_waiting(tmp_path):
+    with pytest.raises(CellsFailedError):
+        run_study(
+            **study(), out=tmp_path, progress=Recorder(break_at=4, error=RuntimeError("no luck"))
+        )
+    cells = prepare(**study()).cells
+    for name in ("w4", "w2"):
+        (tmp_path / "cells" / f"{cells[name].id}.json").unlink()
+    with Claims(tmp_path / "claims").held(cells["w4"].id):
+        found = study_status(tmp_path)
+    states = {arm.arm: arm.state for arm in found.arms}
+    assert states["float"] == "done"
+    assert (states["w8"], states["w4"], states["w2"]) == ("failed", "running", "waiting")
+    assert "3 done, 1 running, 1 failed, 1 waiting" in str(found)
+    failed = next(arm for arm in found.arms if arm.state == "failed")
+    assert failed.note == "RuntimeError: no luck"
+    with pytest.raises(UsageError, match="holds no study"):
+        study_status(tmp_path / "nowhere")
+
+
+def test_workers_must_be_positive():
+    with pytest.raises(UsageError, match="workers"):
+        Local(0)
