@@ -23,7 +23,7 @@ DOOR = np.array([32.0, 30.0])
 # A whole study in the short forms of arms.
 WHOLE = (
     "oracle-state,oracle-latent,oracle-latent:w3,float,w{8,4,3,2},"
-    "w{4,3}{,g128}@{omse,awq,gptq,smoothquant,omniquant,rotation,rotation+gptq},w{4,3}g128,"
+    "w{4,3}{,g128}@{omse,awq,gptq,rotation,rotation+gptq},w{4,3}g128,"
     "w8a8,w4a4{,-token},w4a4{,-token}@{gptq,smoothquant,percentile},"
     "{encoder,predictor}:w{4,3},encoder.blocks.{0,11}:w3,w3/steps=20,w3/mpc_iterations=12"
 )
@@ -222,7 +222,7 @@ def write_folder(path, rows, summary, config, diagnoses=()):
 class Document(HTMLParser):
     """What the tests look at: table cells by arm, attributes, ids, text and unclosed tags."""
 
-    VOID = {"meta", "link", "img", "br"}  # noqa: RUF012
+    VOID = {"meta", "link", "img", "br", "input"}  # noqa: RUF012
 
     def __init__(self, html):
         super().__init__()
@@ -251,7 +251,7 @@ class Document(HTMLParser):
             self.words.append(" ")
 
     def handle_data(self, data):
-        if not {"style", "svg"} & set(self.open):
+        if not {"style", "svg", "script"} & set(self.open):
             self.words.append(data)
         if self.open and self.open[-1] in ("td", "th", "data"):
             self.tables[-1][-1][-1] += data

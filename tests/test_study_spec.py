@@ -234,7 +234,16 @@ def test_quick_preset():
 
 
 def test_unknown_preset_lists_what_ships():
-    assert presets() == ["findings", "methods", "quick"]
+    assert presets() == [
+        "activations",
+        "budget",
+        "findings",
+        "methods",
+        "paper",
+        "quick",
+        "sensitivity",
+        "weights",
+    ]
     with pytest.raises(UsageError, match="did you mean 'quick'"):
         load_preset("quik", "wall")
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quantwm.cli.app import Device, Json, ModelName, TaskName, app
+from quantwm.cli.plans import method_options, plan_of
 from quantwm.console import bars, counter, err, exit_codes, out, print_json
 
 
@@ -179,12 +180,10 @@ def quantize(
         from quantwm.loading import load, save
         from quantwm.methods import quantize as quantize_model
         from quantwm.methods import resolve_plan
-        from quantwm.quant import QuantPlan, stored_bytes
+        from quantwm.quant import stored_bytes
 
         world_model = load(model, device=device)
-        layers = dict(_pattern_and_scheme(text) for text in plan)
-        options = dict(_option_and_value(text) for text in option or [])
-        quant_plan = QuantPlan(layers, method, include or (), options)
+        quant_plan = plan_of(plan, method, method_options(option or []), include or ())
         resolve_plan(quant_plan, world_model)
         data = None
         with bars() as progress:
@@ -213,19 +212,3 @@ def quantize(
                 f"{before / 1e6:.2f} MB",
                 highlight=False,
             )
-
-
-def _pattern_and_scheme(text: str) -> tuple[str, str]:
-    pattern, equals, scheme = text.partition("=")
-    return (pattern.strip(), scheme.strip()) if equals else ("*", text.strip())
-
-
-def _option_and_value(text: str) -> tuple[str, object]:
-    import yaml
-
-    from quantwm.errors import UsageError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"a method's option is NAME=VALUE, such as alpha=0.5; got {text!r}")
-    return name.strip(), yaml.safe_load(value)

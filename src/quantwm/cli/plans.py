@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from quantwm.quant import QuantPlan
 
 
-def plan_of(schemes: Iterable[str], method: str, options: Mapping[str, Any]) -> "QuantPlan":
+def plan_of(
+    schemes: Iterable[str],
+    method: str,
+    options: Mapping[str, Any],
+    include: Iterable[str] = (),
+) -> "QuantPlan":
     """The plan of repeated `--plan` options: a scheme for every layer, or PATTERN=SCHEME."""
     from quantwm.quant import QuantPlan
 
@@ -18,7 +23,7 @@ def plan_of(schemes: Iterable[str], method: str, options: Mapping[str, Any]) -> 
     for text in schemes:
         pattern, equals, scheme = text.partition("=")
         layers[pattern.strip() if equals else "*"] = scheme.strip() if equals else text.strip()
-    return QuantPlan(layers, method, options=options)
+    return QuantPlan(layers, method, include, options)
 
 
 def method_options(texts: Iterable[str]) -> dict[str, Any]:

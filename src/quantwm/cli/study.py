@@ -207,7 +207,7 @@ def _run(
         root = planned[0][1].parent
         report = write_report(
             folders if several else folders[0],
-            out=root / "report.html" if several else None,
+            out=root if several else None,
             command=command,
         )
         if as_json:

@@ -10,7 +10,7 @@ from quantwm.report.document import Part, Section
 from quantwm.report.filters import filter_data
 from quantwm.report.heatmap import sensitivity_map
 from quantwm.report.load import TaskReport
-from quantwm.report.series import agreement_plot
+from quantwm.report.series import Point, Style, agreement_plot, scatter_plot
 from quantwm.report.tables import Cell, Column, Line, Table, data_attributes, number, words
 from quantwm.report.text import decimal, escape
 
@@ -45,42 +45,98 @@ def sensitivity(task: TaskReport) -> Section:
     return Section(f"{task.key}-sensitivity", "Layer sensitivity", parts, task=task.key)
 
 
-def fidelity(task: TaskReport) -> Section:
-    """Do quantized models rank candidates as the float model does?"""
-    found = task.diagnosed("fidelity")
-    if not found:
-        return Section(f"{task.key}-fidelity", "Cost fidelity", task=task.key)
-    arms = {arm.name: arm for arm in task.arms}
-    order = list(arms)
-    found.sort(key=lambda one: order.index(one["arm"]) if one["arm"] in arms else len(order))
-    figures = []
-    for index, one in enumerate(found[:_MOST_PANELS]):
-        pairs = _pairs(one)
-        if len(pairs) < 2:
-            continue
-        data = filter_data(arms[one["arm"]]) if one["arm"] in arms else {}
-        rank = _median(one["rank_correlation"])
-        text = f"rank correlation {decimal(rank)}"
-        figure = agreement_plot(
-            [x for x, _ in pairs],
-            [y for _, y in pairs],
-            f"{task.key}-fidelity-{index}",
-            f"Costs of the same candidates by the float model and by {one['arm']}: {text}.",
-            ("cost, float model", "cost, this arm"),
-        )
-        figures.append(
-            f'<figure{data_attributes(data)}><h4 class="arm">{escape(one["arm"])}</h4>'
-            f'<p class="hint">{text}</p>{figure}</figure>'
-        )
-    hint = (
-        "The planner needs no true costs, only the right order. Each point is a candidate plan: "
-        "its cost under the float model and under the quantized one, both divided by the float "
-        "median of the episode; on the dashed line they agree. The table has medians over "
-        "episodes."
+def fidelity(task: TaskReport, styles: Mapping[str, Style]) -> Section:
+    """Do quantized models rank candidates as the float model does?
+
+    Args:
+        task: the task.
+        styles: of the methods.
+    """
+    name, title = f"{task.key}-fidelity", "Cost fidelity"
+    found, failed = task.diagnosed("fidelity"), [o for o in task.diagnoses if "error" in o]
+    notes = "".join(
+        f'<p class="hint"><b class="arm">{escape(str(one.get("arm", "?")))}</b>: '
+        f"{escape(str(one['error']))}</p>"
+        for one in failed
     )
-    panels = f'<div class="panels wider">{"".join(figures)}</div>' if figures else ""
-    parts: list[Part] = [f'<p class="hint">{hint}</p>{panels}', _fidelity_table(found, task)]
-    return Section(f"{task.key}-fidelity", "Cost fidelity", parts, task=task.key)
+    if not found:
+        return Section(name, title, [notes], task=task.key)
+    order = [arm.name for arm in task.arms]
+    found.sort(key=lambda one: order.index(one["arm"]) if one["arm"] in order else len(order))
+    shown = _spread_out(found)
+    hint = (
+        "The planner needs no true costs, only the right order. Each point of the small plots is "
+        "a candidate plan: its cost under the float model and under the quantized one, both "
+        "divided by the float median of the episode; on the dashed line they agree."
+    )
+    if len(shown) < len(found):
+        hint += (
+            f" {len(shown)} of {len(found)} arms, from the lowest rank correlation to the highest."
+        )
+    figures = "".join(_agreement(one, task, f"{name}-{index}") for index, one in enumerate(shown))
+    parts: list[Part] = [
+        f'<p class="hint">{hint}</p>',
+        _against_success(found, task, styles),
+        f'<div class="panels wider">{figures}</div>' if figures else "",
+        '<p class="hint">Medians over episodes.</p>',
+        _fidelity_table(found, task),
+        notes,
+    ]
+    return Section(name, title, parts, task=task.key)
+
+
+def _spread_out(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All of a few diagnoses; of many, some evenly from the lowest to the highest rank."""
+    if len(found) <= _MOST_PANELS:
+        return list(found)
+    ranked = sorted(found, key=lambda one: _median(one["rank_correlation"]) or 0.0)
+    step = (len(ranked) - 1) / (_MOST_PANELS - 1)
+    return [ranked[round(step * index)] for index in range(_MOST_PANELS)]
+
+
+def _against_success(
+    found: Sequence[Mapping[str, Any]], task: TaskReport, styles: Mapping[str, Style]
+) -> str:
+    """Rank correlation against success, a point an arm."""
+    arms = {arm.name: arm for arm in task.arms}
+    points = []
+    for one in found:
+        arm, rank = arms.get(one["arm"]), _median(one["rank_correlation"])
+        if arm is not None and rank is not None and arm.labels.method in styles:
+            style = styles[arm.labels.method]
+            points.append(Point(rank, arm.success, "", style, filter_data(arm)))
+    if len(points) < 3:
+        return ""
+    methods = dict.fromkeys(point.data.get("method", "") for point in points)
+    figure = scatter_plot(
+        points,
+        f"{task.key}-fidelity-success",
+        "Rank correlation of candidates' costs with the float model's against success; "
+        "a point an arm.",
+        labels=("rank correlation with the float model's costs", "success rate"),
+        legend={method: styles[method] for method in methods if method in styles},
+    )
+    return f'<figure class="large"><h4>Fidelity against success</h4>{figure}</figure>'
+
+
+def _agreement(one: Mapping[str, Any], task: TaskReport, name: str) -> str:
+    """Costs of the same candidates by the float model and by one arm; "" without any."""
+    pairs = _pairs(one)
+    if len(pairs) < 2:
+        return ""
+    data = next((filter_data(arm) for arm in task.arms if arm.name == one["arm"]), {})
+    text = f"rank correlation {decimal(_median(one['rank_correlation']))}"
+    figure = agreement_plot(
+        [x for x, _ in pairs],
+        [y for _, y in pairs],
+        name,
+        f"Costs of the same candidates by the float model and by {one['arm']}: {text}.",
+        ("cost, float model", "cost, this arm"),
+    )
+    return (
+        f'<figure{data_attributes(data)}><h4 class="arm">{escape(one["arm"])}</h4>'
+        f'<p class="hint">{text}</p>{figure}</figure>'
+    )
 
 
 def _map(

@@ -68,21 +68,28 @@ def panels_of(group: str, arms: Sequence[Arm]) -> list[Panel]:
     Args:
         group: a key of `GROUPS`.
         arms: all of the task.
+
+    Returns:
+        panels whose members differ in what tells them apart: their names where nothing else does.
     """
+    return [_told_apart(panel) for panel in _panels(group, arms)]
+
+
+def _panels(group: str, arms: Sequence[Arm]) -> Iterable[Panel]:
     members = [arm for arm in arms if group_of(arm) == group]
     if group not in ("oracles", "others"):
         members.sort(key=_order)
     if group == "sides":
         both = [arm for arm in arms if group_of(arm) in ("weights", "activations")]
-        return list(_beside(members, both))
+        return _beside(members, both)
     if group == "budgets":
-        return list(_budgets(members, [arm for arm in arms if not arm.labels.budget]))
+        return _budgets(members, [arm for arm in arms if not arm.labels.budget])
     if group in ("weights", "activations"):
         named = ((_width_title(arm.labels), arm.labels.method, arm) for arm in members)
-        return list(_together(named))
+        return _together(named)
     if group == "blocks":
         named = ((_recipe(arm.labels), arm.labels.part.removesuffix(".*"), arm) for arm in members)
-        return list(_together(named))
+        return _together(named)
     return [Panel("", [(arm.name, arm) for arm in members])] if members else []
 
 
@@ -219,6 +226,12 @@ def _together(named: Iterable[tuple[str, str, Arm]]) -> Iterator[Panel]:
         panels.setdefault(title, []).append((what, arm))
     for title, members in panels.items():
         yield Panel(title, members)
+
+
+def _told_apart(panel: Panel) -> Panel:
+    if len({what for what, _ in panel.members}) == len(panel.members):
+        return panel
+    return Panel(panel.title, [(arm.name, arm) for _, arm in panel.members])
 
 
 def _beside(members: Sequence[Arm], both: Sequence[Arm]) -> Iterator[Panel]:

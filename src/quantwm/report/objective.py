@@ -10,7 +10,7 @@ from quantwm.report.arms import Arm
 from quantwm.report.arms import number as finite
 from quantwm.report.document import Part, Section
 from quantwm.report.filters import filter_data
-from quantwm.report.layouts import LABEL_KEYS, label_cells
+from quantwm.report.layouts import LABEL_KEYS, label_cells, shown_iterations
 from quantwm.report.load import TaskReport
 from quantwm.report.published import claim
 from quantwm.report.series import (
@@ -23,7 +23,7 @@ from quantwm.report.series import (
     styles_of,
 )
 from quantwm.report.tables import Cell, Column, Line, Table, number, words
-from quantwm.report.text import decimal
+from quantwm.report.text import decimal, escape
 from quantwm.study.findings import Finding
 
 MOST_COMPARED = 6
@@ -75,11 +75,13 @@ def objective(
     name, title = f"{task.key}-objective", "Planning loss against success"
     if not base:
         return Section(name, title, task=task.key)
-    figures = _curves(_compared(found), base, name)
+    compared = _compared(found)
+    figures = _curves(compared, base, name)
     parts: list[Part] = [
         claim("objective", findings, task.results.task),
         _HINT + _scatter(found, base, styles, name),
         f'<div class="plots">{"".join(figures)}</div>',
+        _iteration_table(compared, base, name),
         "<details><summary>Every arm as a table</summary>",
         _table(found, base, name),
         "</details>",
@@ -180,6 +182,35 @@ def _compared(found: Sequence[Objective]) -> list[Objective]:
     places = range(min(len(ordered), MOST_COMPARED))
     reference = [one for one in found if one.arm.role == "float"]
     return [*reference, *(ordered[round(step * place)] for place in places)]
+
+
+def _iteration_table(compared: Sequence[Objective], base: float, name: str) -> Table:
+    """Predicted cost, AUC and success by MPC iteration, three rows an arm."""
+    most = max(len(one.by_iteration) for one in compared)
+    shown = [k for k in shown_iterations(most) if k]
+    lines = []
+    for one in compared:
+        areas = [each.auc for each in one.alignment.iterations]
+        for what, values, rate in (
+            ("predicted cost", [value / base for value in one.by_iteration], False),
+            ("AUC", areas, False),
+            ("success", one.arm.curve[1:], True),
+        ):
+            cells = {"what": words(what), "arm": Cell(value=one.arm.name)}
+            for k in shown:
+                value = finite(values[k - 1]) if k <= len(values) else None
+                cells[f"iteration_{k}"] = number(
+                    value, decimal(value), share=value if rate else None
+                )
+            group = f'<span class="arm">{escape(one.arm.name)}</span>'
+            lines.append(Line(cells, group, filter_data(one.arm)))
+    columns = [
+        Column("arm"),
+        Column("what", "MPC iteration", "pin"),
+        *[Column(f"iteration_{k}", str(k), "number") for k in shown],
+    ]
+    label = "Planning loss and success by MPC iteration"
+    return Table(f"{name}-iterations", label, columns, lines, kind="")
 
 
 def _table(found: Sequence[Objective], base: float, name: str) -> Table:

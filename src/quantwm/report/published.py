@@ -7,6 +7,8 @@ from quantwm.report.verdicts import is_tested
 from quantwm.study.findings import Finding
 
 SOURCE = "arXiv 2602.02110"
+TASKS = ("wall", "pusht")
+"""Those that the published study's tables are of."""
 
 _CLAIMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "weights": (
@@ -55,5 +57,7 @@ def claim(about: str, findings: Sequence[Finding], task: str) -> str:
         for one in findings
         if one.number in numbers and one.task in (None, task) and is_tested(one)
     ]
+    if task not in TASKS:
+        text += " Its tables are of Wall and PushT."
     here = f" <b>Here:</b> {'; '.join(own)}." if own else ""
     return f'<p class="claim"><b>Published study</b> ({SOURCE}): {escape(text)}{here}</p>'

@@ -146,9 +146,10 @@ def scatter_plot(
             values = [one.x for one in points]
             _log_ticks(axes, [min(values) / 1.5, *values], "x")  # room for names at the left
         else:
-            high = max(one.x for one in points) * 1.05
-            axes.set_xlim(0, high)
-            axes.set_xticks([tick for tick in MaxNLocator(5).tick_values(0, high) if tick <= high])
+            low, high = min(0.0, *(one.x for one in points)), max(one.x for one in points)
+            axes.set_xlim(low, high + 0.04 * (high - low))
+            ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+            axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         axes.grid(color=RULE, linewidth=1)

@@ -60,7 +60,7 @@ def task_sections(
     return [
         *middle,
         interventions(task, verdicts),
-        fidelity(task),
+        fidelity(task, styles),
         sensitivity(task),
         Section(f"{name}-frames", "Episodes in frames", frames, task=key),
         Section(f"{name}-episodes", "Episode by episode", grid, task=key, folded=large),
@@ -138,16 +138,17 @@ def _curves(
     name: str, panel: Panel, task: TaskReport, styles: Mapping[str, Style], group: str
 ) -> str:
     reference = task.reference
-    by_method = group in ("weights", "activations")
     own = styles_of([what for what, _ in panel.members])
 
     def style(what: str, arm: Arm) -> Style:
         if arm.role == "oracle":
             return ORACLE if len(panel.members) == 1 else own[what]
-        return styles[arm.labels.method] if by_method else own[what]
+        return styles[what] if what == arm.labels.method else own[what]
 
     series = [
-        Series(what, arm.curve, style(what, arm), filter_data(arm)) for what, arm in panel.members
+        Series(what, arm.curve, style(what, arm), filter_data(arm))
+        for what, arm in panel.members
+        if arm is not reference
     ]
     if reference:
         series.insert(0, Series("float", reference.curve, REFERENCE))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -14,7 +14,9 @@ from quantwm.protocols import WorldModel
 from quantwm.quant import LayerScheme, QuantPlan
 from quantwm.study.cells import REFERENCES, ArmKind
 
-SIDES = ("encoder", "predictor")
+EACH_BLOCK = "each_block"
+"""Side of an arm that stands for one arm a transformer block of the study's model."""
+SIDES = ("encoder", "predictor", EACH_BLOCK)
 EXAMPLES = ("w8", "w8a8", "w8a8-token", "w4", "w4g128", "w4a4", "w4a4-token", "w3", "w2")
 """Short names that an error lists; the grammar has more (`quantwm.quant.LayerScheme`)."""
 LONGER_EXAMPLES = ("encoder:w4", "predictor:w4", "w4@gptq", "oracle-latent:w4")
@@ -76,7 +78,8 @@ class Arm:
 
         `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
         ("w4g128": every quantizable layer), or that of one side, or a block of it, with the rest
-        left in float ("encoder:w3", "predictor.blocks.0:w3"); a quantization may name its method
+        left in float ("encoder:w3", "predictor.blocks.0:w3"), or one arm a block of the model
+        ("each_block:w3"); a quantization may name its method
         ("w4@gptq", "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "oracle-latent:w3"
         is the oracle that encodes with the quantized model. "folder:PATH" is a quantized model that
         `quantwm quantize` wrote, made from the study's float model. Settings are planner settings
@@ -201,21 +204,24 @@ def parse_arms(values: Any) -> tuple[Arm, ...]:
     if not isinstance(values, Sequence) or not values:
         raise UsageError(f"a study needs a list of arms, got {values!r}")
     arms: list[Arm] = []
-    problems: list[str] = []
+    problems: list[UsageError] = []
     for value in values:
         try:
             forms = list(expanded(value)) if isinstance(value, str) else [value]
         except UsageError as error:
-            problems.append(str(error))
+            problems.append(error)
             continue
         for form in forms:
             try:
                 arms.append(Arm.from_value(form))
             except UsageError as error:
-                problems.append(str(error))
+                problems.append(error)
     names = [arm.name for arm in arms]
     problems += [
-        f"{names.count(name)} arms are called {name!r}; name one otherwise, as in 'again={name}'"
+        UsageError(
+            f"{names.count(name)} arms are called {name!r}; "
+            f"name one otherwise, as in 'again={name}'"
+        )
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
@@ -258,6 +264,29 @@ def reference_arm(arms: Sequence[Arm], arm: Arm) -> Arm | None:
         return None
     same = (one for one in arms if one.kind == "float" and one.budget() == arm.budget())
     return own if arm.kind == "float" else next(same, own)
+
+
+def with_blocks(arms: Sequence[Arm], world_model: WorldModel) -> tuple[Arm, ...]:
+    """The arms, with each "each_block:..." replaced by one arm a block of the model."""
+    groups = [group for group in world_model.quantizable_groups() if group.kind == "linear"]
+    blocks = list(dict.fromkeys(group.block for group in groups))
+    replaced: list[Arm] = []
+    for arm in arms:
+        if arm.plan is None or arm.plan.layers[0][0] != f"{EACH_BLOCK}.*":
+            replaced.append(arm)
+            continue
+        scheme = arm.plan.layers[0][1]
+        for block in blocks:
+            plan = QuantPlan(
+                {f"{block}.*": scheme}, arm.plan.method, arm.plan.include, dict(arm.plan.options)
+            )
+            name = (
+                arm.name.replace(EACH_BLOCK, block)
+                if EACH_BLOCK in arm.name
+                else f"{arm.name} {block}"
+            )
+            replaced.append(replace(arm, name=name, plan=plan))
+    return tuple(replaced)
 
 
 def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict[str, LayerScheme]]:
@@ -309,8 +338,8 @@ def _parse_plan(arm: str, what: str) -> QuantPlan:
     return QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")
 
 
-def _together(problems: Sequence[str]) -> UsageError:
+def _together(problems: Sequence[UsageError]) -> UsageError:
     if len(problems) == 1:
-        return UsageError(problems[0])
+        return problems[0]
     listed = "\n".join(f"  - {problem}" for problem in problems)
     return UsageError(f"{len(problems)} problems with the study's arms:\n{listed}")

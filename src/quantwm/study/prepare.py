@@ -18,14 +18,14 @@ from quantwm.planning.defaults import default_planner
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.quant import LayerScheme, QuantPlan, quantization_of
 from quantwm.quant.apply import check_is_float
-from quantwm.study.arms import Arm, float_arm, resolve_arms
+from quantwm.study.arms import Arm, float_arm, resolve_arms, with_blocks
 from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 
 FIRST: tuple[ArmKind, ...] = ("float", "oracle-state", "oracle-latent", "quantized")
 """Kinds of arms in the order of computing; those with a plan come last."""
-UNDEFINING = ("version", "name", "model", "arms", "gate", "memory_budget")
+UNDEFINING = ("version", "name", "model", "arms", "gate", "memory_budget", "diagnostics")
 """Settings that may change within one results folder; the model counts by its hash."""
 
 
@@ -103,6 +103,7 @@ def prepare(
     if world_model is None:
         world_model = load(spec.model, device=device)
     check_usable(world_model, task)
+    spec = replace(spec, arms=with_blocks(spec.arms, world_model))
     planners = {arm.name: arm_planner(arm, planner) for arm in spec.arms}
     check_planners(spec.arms, planners)
     resolved = resolve_arms(spec.arms, world_model)

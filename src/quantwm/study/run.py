@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from quantwm.compute import NUMERICS_VERSION
+from quantwm.compute import NUMERICS_VERSION, cpu_threads
 from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.arms import reference_arm
+from quantwm.study.claims import Claims
+from quantwm.study.diagnose import diagnose_study
 from quantwm.study.environment import environment
 from quantwm.study.executors import Executor, InProcess, cores
 from quantwm.study.gate import gate_of
@@ -18,7 +20,7 @@ from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import FinishedCell, ResultsFolder
 from quantwm.study.summary import COLUMNS, arm_summary
-from quantwm.study.work import StudyProgress
+from quantwm.study.work import CellWork, StudyProgress
 from quantwm.study.worker import Job, this_version
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,15 @@ def run_study(
         ) from error
     run.check_complete()
     rows, summary = run.write_tables()
+    try:
+        work = CellWork(prepared, folder, Claims(folder.claims), progress)
+        with cpu_threads(prepared.spec.threads):
+            diagnose_study(prepared, folder, work, progress)
+    except KeyboardInterrupt as error:
+        raise StudyInterrupted(
+            f"interrupted; all {len(run.ids)} cells are finished, diagnoses are not: the same "
+            "command goes on from there"
+        ) from error
     return StudyResult(prepared.spec, folder.path, rows, summary)
 
 

@@ -13,6 +13,7 @@ from quantwm.checks import is_integer, is_number
 from quantwm.compute import DTYPES, parse_bytes
 from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations
+from quantwm.quant import LayerScheme
 from quantwm.seeds import BLOCKS, MAX_EPISODES, MAX_SEED, SeedBlock
 from quantwm.study.arms import Arm, parse_arms
 
@@ -43,6 +44,36 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class DiagnosticsSettings:
+    """Which diagnoses a study adds to its rows, in `diagnostics/` of its folder.
+
+    Attributes:
+        fidelity: of every quantized arm of the study's own budget, against float: drift of what is
+            imagined, and how well the costs of candidates keep their order.
+        sensitivity: schemes; for each, every layer of the model alone is quantized to it.
+        episodes: of the tuning block, whose candidates are looked at.
+    """
+
+    fidelity: bool = False
+    sensitivity: tuple[str, ...] = ()
+    episodes: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fidelity, bool):
+            raise UsageError(f"diagnostics.fidelity must be true or false, got {self.fidelity!r}")
+        schemes = self.sensitivity
+        listed = (schemes,) if isinstance(schemes, str) else tuple(schemes)
+        object.__setattr__(self, "sensitivity", listed)
+        for scheme in listed:
+            LayerScheme.parse(scheme)
+        _check_integer("diagnostics.episodes", self.episodes, 1, MAX_EPISODES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as YAML and JSON values."""
+        return {**vars(self), "sensitivity": list(self.sensitivity)}
+
+
+@dataclass(frozen=True)
 class StudySpec:
     """A study, validated.
 
@@ -58,6 +89,7 @@ class StudySpec:
         planner: planner settings that differ from the default planner of the task; the key
             `preset` ("compact" or "paper") picks which default.
         calibration: for the arms that need one.
+        diagnostics: what is diagnosed besides. Changes no row.
         dtype, device: compute type and device; "auto" picks (`quantwm.evaluation`).
         threads: CPU threads of torch; None leaves torch's own number.
         memory_budget: what rollouts in flight may take, such as "2GB"; None takes half of what
@@ -76,6 +108,7 @@ class StudySpec:
     mpc_iterations: int = field(default_factory=default_iterations)
     planner: Mapping[str, Any] = field(default_factory=dict)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -127,11 +160,13 @@ class StudySpec:
         task = values["task"]
         values["task"] = {"name": task} if isinstance(task, str) else _mapping("task", task)
         values["planner"] = _mapping("planner", values.get("planner", {}))
-        calibration = _mapping("calibration", values.get("calibration", {}))
-        _check_keys(
-            "calibration setting", calibration, [one.name for one in fields(CalibrationSettings)]
-        )
-        values["calibration"] = CalibrationSettings(**calibration)
+        for key, settings in (
+            ("calibration", CalibrationSettings),
+            ("diagnostics", DiagnosticsSettings),
+        ):
+            inner = _mapping(key, values.get(key, {}))
+            _check_keys(f"{key} setting", inner, [one.name for one in fields(settings)])
+            values[key] = settings(**inner)
         values["arms"] = parse_arms(values["arms"])
         return cls(**values)
 
@@ -166,6 +201,7 @@ class StudySpec:
         values["task"], values["planner"] = dict(self.task), dict(self.planner)
         values["arms"] = [arm.to_dict() for arm in self.arms]
         values["calibration"] = dict(vars(self.calibration))
+        values["diagnostics"] = self.diagnostics.to_dict()
         return values
 
     def to_yaml(self) -> str:
@@ -223,7 +259,7 @@ def _override(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
         values[head] = value
         return
     inner = values[head]
-    if head not in ("task", "planner", "calibration") or not isinstance(inner, dict):
+    if head not in ("task", "planner", "calibration", "diagnostics") or not isinstance(inner, dict):
         raise UsageError(f"{'.'.join(path)!r}: {head!r} holds no settings of its own")
     inner[".".join(rest)] = value
 

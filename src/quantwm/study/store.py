@@ -7,7 +7,9 @@
     calibration.safetensors   what calibrated arms were calibrated on
     episodes.parquet          one row an episode
     summary.csv               one row an arm
+    diagnostics/*.json        the diagnoses that the study asked for
     report.html               written by the command line from the files above
+    report-tables/*.csv       its tables
 
 Every file appears whole or not at all. A cell's file that is cut off or edited is set aside as
 `<id>.json.corrupt-N` and its cell counts as missing.
@@ -39,7 +41,7 @@ SUMMARY = "summary.csv"
 CALIBRATION = "calibration.safetensors"
 REPORT = "report.html"
 _CELL_KEYS = {"sha256", "format", "id", "cell", "bytes", "seconds", "rows"}
-OUTPUTS = (CONFIG, EPISODES, SUMMARY, CALIBRATION, REPORT)
+OUTPUTS = (CONFIG, EPISODES, SUMMARY, CALIBRATION, REPORT, "report-tables")
 
 
 @dataclass(frozen=True)

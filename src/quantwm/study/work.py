@@ -1,6 +1,7 @@
 """What computes one cell of a study: quantize, plan in closed loop, store."""
 
 import logging
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from quantwm.compute import resolve_dtype
 from quantwm.errors import CorruptFileError
 from quantwm.evaluation import ORACLES, Outcome, Progress, evaluate, evaluate_oracle
 from quantwm.loading import load
-from quantwm.methods import quantize
+from quantwm.methods import quantize, resolve_plan
 from quantwm.protocols import WorldModel
+from quantwm.quant import QuantPlan
 from quantwm.quant.artifact import stored_bytes
 from quantwm.study.arms import Arm
 from quantwm.study.cells import Cell, plain
 from quantwm.study.claims import Claims
-from quantwm.study.prepare import Prepared
+from quantwm.study.prepare import Prepared, needs_calibration
 from quantwm.study.store import FinishedCell, ResultsFolder, set_aside
 
 logger = logging.getLogger(__name__)
@@ -118,13 +120,35 @@ class CellWork:
             "arm": arm.name,
             "progress": update,
         }
-        model = self._model(arm, cell)
+        model = self._built(arm, cell)
         for oracle in ORACLES:
             if cell.kind == oracle:
                 return evaluate_oracle(oracle, world_model=model, **settings), None
         return evaluate(model, **settings), stored_bytes(model)
 
-    def _model(self, arm: Arm, cell: Cell) -> WorldModel:
+    def model(self, name: str) -> WorldModel:
+        """The model that an arm plans with.
+
+        Waits for a calibration that another worker makes.
+        """
+        arm, cell = self._prepared.arm(name), self._prepared.cells[name]
+        if cell.calibration is not None:
+            self._await_calibration()
+        return self._built(arm, cell)
+
+    def calibration_for(self, scheme: str) -> Calibration | None:
+        """The study's calibration where round-to-nearest needs one for a scheme, else None."""
+        plan = QuantPlan({"*": scheme})
+        if not needs_calibration(plan, resolve_plan(plan, self._prepared.world_model)):
+            return None
+        self._await_calibration()
+        return self._calibration
+
+    def _await_calibration(self) -> None:
+        while not self._has_calibration():
+            time.sleep(1.0)
+
+    def _built(self, arm: Arm, cell: Cell) -> WorldModel:
         if arm.folder is not None:
             return load(Path(arm.folder))
         if cell.plan and arm.plan is not None:

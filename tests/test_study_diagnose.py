@@ -1,0 +1,56 @@
+"""The diagnoses that a study adds to its rows."""
+
+import json
+
+import pytest
+
+from quantwm.errors import UsageError
+from quantwm.study import run_study
+from study_support import Recorder, content, point_spec, study
+
+ARMS = ["oracle-state", "float", "w8", "w2", "w8a8", "w2/steps=3"]
+
+
+def diagnosed(folder):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "diagnostics").iterdir()}
+
+
+def test_fidelity_of_each_arm_and_sensitivity_of_each_layer(tmp_path):
+    asked = {"fidelity": True, "sensitivity": ["w2", "w8a8"], "episodes": 2}
+    spec = point_spec(arms=ARMS, diagnostics=asked)
+    run_study(**study(spec), out=tmp_path)
+    found = diagnosed(tmp_path)
+    fidelity = {one["arm"]: one for one in found.values() if one["kind"] == "fidelity"}
+    assert set(fidelity) == {"w8", "w2", "w8a8"}
+    drift = {name: one["drift"]["latent"]["against_float"][-1] for name, one in fidelity.items()}
+    assert drift["w8"] < drift["w2"]
+    layers = found["sensitivity-w2"]["layers"]
+    assert [one["layer"] for one in layers] == ["encoder.0", "predictor.0"]
+    assert found["sensitivity-w8a8"]["layers"][0]["error"] < layers[0]["error"]
+
+    # Again: nothing is computed. With other settings: made anew. Rows stay as they are.
+    before = content(tmp_path)
+    recorder = Recorder()
+    run_study(**study(spec), out=tmp_path, progress=recorder)
+    assert recorder.calls == []
+    more = point_spec(arms=ARMS, diagnostics=asked | {"episodes": 3})
+    run_study(**study(more), out=tmp_path, progress=recorder)
+    assert set(recorder.started) == {
+        "fidelity of w8, w2, w8a8",
+        "sensitivity to w2",
+        "sensitivity to w8a8",
+    }
+    after = content(tmp_path)
+    assert {k: v for k, v in after.items() if k.startswith("cells/")} == {
+        k: v for k, v in before.items() if k.startswith("cells/")
+    }
+    assert diagnosed(tmp_path)["sensitivity-w2"] != found["sensitivity-w2"]
+
+
+def test_bad_settings():
+    with pytest.raises(UsageError, match="did you mean 'fidelity'"):
+        point_spec(diagnostics={"fidelty": True})
+    with pytest.raises(UsageError, match="weight bits"):
+        point_spec(diagnostics={"sensitivity": "w9"})
+    with pytest.raises(UsageError, match="true or false"):
+        point_spec(diagnostics={"fidelity": "yes please"})
