@@ -103,7 +103,7 @@ class _Diagnoses:
                     self._fidelity([name])
                 return
             self._write_fidelity(
-                names[0], {"kind": "fidelity", "error": str(error), "arm": names[0]}
+                names[0], {"kind": "failed", "error": str(error), "arm": names[0]}
             )
             return
         for name in names:
