@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 import quantwm as qwm
 from quantwm.bench.methods import MethodRow
 from quantwm.cli import app
+from quantwm.cli import study as study_module
 from quantwm.study.rows import read_parquet
 
 SMALL = [
@@ -25,7 +26,7 @@ def run(*arguments):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("collect", "train", "quantize", "study", "info"):
+    for command in ("collect", "train", "quantize", "study", "work", "status", "diagnose", "info"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"Example: quantwm {command}" in result.output.replace("\n", " ")
@@ -41,6 +42,13 @@ def test_every_command_has_help_with_an_example():
         (["study", "wall", "arms=flaot"], "did you mean 'float'"),
         (["study", "wall", "arms=float,w4g4096"], "4096"),
         (["study", "nowhere.yaml"], "cannot read the study"),
+        (["study", "episodes=3"], "name a task"),
+        (["study", "wall", "wall"], "named twice"),
+        (["study", "wall", "--workers", "0"], "at least 1"),
+        (["study", "wall", "--workers", "2", "--slurm"], "leave them out"),
+        (["study", "wall", "--slurm-setting", "a=1"], "add --slurm"),
+        (["study", "wall", "--slurm", "--slurm-setting", "a"], "KEY=VALUE"),
+        (["status", "nowhere"], "holds no study"),
         (["collect", "wal", "--out", "x"], "did you mean 'wall'"),
         (["quantize", "wall", "--plan", "encodr.*=w4", "--out", "x"], "matches no layer"),
         (
@@ -83,6 +91,40 @@ def test_a_study_leaves_its_files_and_resumes(tmp_path):
     assert "another configuration" in other.output.replace("\n", " ")
     shown = run("info", out, "--json")
     assert set(json.loads(shown.stdout)["cells"].values()) == {"finished"}
+
+
+def test_a_worker_joins_a_study_and_status_tells(tmp_path):
+    out = tmp_path / "study"
+    arguments = ["study", "wall", "arms=oracle-state,float", *SMALL, "--out", out]
+    assert run(*arguments).exit_code == 0
+    cells = sorted((out / "cells").iterdir())
+    removed = cells[0].read_text()
+    cells[0].unlink()
+    before = run("status", out)
+    assert "2 arms, 1 done, 1 waiting" in before.output.replace("\n", " ")
+    joined = run("work", out)
+    assert joined.exit_code == 0, joined.output
+    assert (
+        json.loads(cells[0].read_text())["rows"][0]["states"]
+        == (json.loads(removed)["rows"][0]["states"])
+    )
+    told = json.loads(run("status", out, "--json").stdout)
+    assert [arm["state"] for arm in told[0]["arms"]] == ["done", "done"]
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("quantwm: ", "quantwm: 0.0.0-", 1))
+    refused = run("work", out)
+    assert refused.exit_code == 1
+    assert "another quantwm" in refused.output.replace("\n", " ")
+
+
+def test_several_tasks_get_a_folder_each(tmp_path):
+    planned = study_module._studies(["wall", "pusht", "episodes=3"], "quick", None)
+    assert [str(folder) for _, folder in planned] == ["results/quick/wall", "results/quick/pusht"]
+    assert {spec.episodes for spec, _ in planned} == {3}
+    own = study_module._studies(["pusht", "wall"], "findings", tmp_path)
+    assert [folder for _, folder in own] == [tmp_path / "pusht", tmp_path / "wall"]
+    one = study_module._studies(["wall"], "findings", None)
+    assert str(one[0][1]) == "results/wall-findings"
 
 
 def test_a_dry_run_lists_cells_and_writes_nothing(tmp_path):
