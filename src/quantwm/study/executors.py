@@ -73,7 +73,8 @@ class Local:
     """Several worker processes on this machine.
 
     Workers take cells as they come free. On CUDA each takes the next GPU. A worker that is killed
-    is started again.
+    is started again. They are spawned, so that a script which runs a study with them needs the
+    usual `if __name__ == "__main__":`.
 
     Attributes:
         workers: processes.
