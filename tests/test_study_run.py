@@ -1,6 +1,7 @@
 """Whole studies of a tiny world model: tables, shared cells, the gate, dry runs, bad input."""
 
 import csv
+import time
 from dataclasses import fields, replace
 
 import pytest
@@ -20,8 +21,9 @@ from quantwm.fingerprint import model_hash
 from quantwm.methods import quantize
 from quantwm.protocols import ActionSpec
 from quantwm.statistics import paired_difference, wilson_interval
-from quantwm.study import StudySpec, plan_study, run_study
+from quantwm.study import StudySpec, dry_run, plan_study, run_study
 from quantwm.study.cells import Cell
+from quantwm.study.estimate import SECONDS_PER_FRAME, estimated_seconds, measured_pace
 from quantwm.study.prepare import prepare
 from quantwm.study.rows import comparable, read_parquet
 from study_support import PointModel, PointTask, Recorder, by_arm, content, point_spec, study
@@ -260,7 +262,21 @@ class TestDryRun:
         assert plans[0].seconds == 0 < plans[1].seconds
         assert content(tmp_path) == before
 
-    def test_estimates_grow_with_the_work_and_follow_what_was_measured(self, tmp_path):
+    def test_estimates_go_by_this_machines_pace(self):
+        class Slow(PointModel):
+            def rollout(self, latent, actions, *, last_only=False):
+                time.sleep(0.05)
+                return super().rollout(latent, actions, last_only=last_only)
+
+        prepared = prepare(**(study() | {"world_model": Slow()}))
+        pace = measured_pace(prepared)
+        assert pace["float"] >= 0.05 / (16 * 3)
+        assert (
+            estimated_seconds(prepared.cells["float"], pace) >= 6 * 3 * 16 * 2 * 3 * pace["float"]
+        )
+
+    def test_estimates_grow_with_the_work_and_follow_what_was_measured(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(dry_run, "measured_pace", lambda _: SECONDS_PER_FRAME)
         small, large = (
             plan_study(**study(point_spec(arms=["float"], episodes=n)), out=tmp_path / "none")
             for n in (6, 12)

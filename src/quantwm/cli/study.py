@@ -35,7 +35,7 @@ def study(
         list[str],
         typer.Argument(
             help="Tasks, or studies' YAML files; then settings to change, as KEY=VALUE.",
-            metavar="TASK... [KEY=VALUE]...",
+            metavar="TASK|KEY=VALUE",
         ),
     ],
     preset: Annotated[str, typer.Option(help="Which shipped study to run on the tasks.")] = "quick",
@@ -59,7 +59,7 @@ def study(
         float, typer.Option(help="About how long a job of the cluster should take.")
     ] = 30.0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List cells and estimated time; compute nothing.")
+        bool, typer.Option("--dry-run", help="List cells and estimated time; write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -102,9 +102,7 @@ class _Diagnoses:
                 for name in names:
                     self._fidelity([name])
                 return
-            self._write_fidelity(
-                names[0], {"kind": "failed", "error": str(error), "arm": names[0]}
-            )
+            self._write_fidelity(names[0], {"kind": "failed", "error": str(error), "arm": names[0]})
             return
         for name in names:
             self._write_fidelity(name, found[name].to_dict())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantwm.protocols import Planner, Task, WorldModel
-from quantwm.study.estimate import calibrated_seconds
+from quantwm.study.estimate import calibrated_seconds, measured_pace
 from quantwm.study.prepare import check_folder, prepare
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
@@ -39,7 +39,7 @@ def plan_study(
 ) -> list[CellPlan]:
     """What `run_study` would do: each arm's cell, whether it is done, and an estimate of its time.
 
-    Checks all that `run_study` checks, and writes nothing.
+    Checks all that `run_study` checks, times a few rollouts, and writes nothing.
 
     Raises:
         UsageError, MismatchError: as `run_study`.
@@ -53,12 +53,13 @@ def plan_study(
         if (found := folder.peek_cell(id)) is not None
     }
     finished = [(c, stored[c.id]) for c in prepared.cells.values() if c.id in stored]
+    pace = measured_pace(prepared)
     owners: dict[str, str] = {}
     plans = []
     for arm, cell in prepared.cells.items():
         owner = owners.setdefault(cell.id, arm)
         free = cell.id in stored or owner != arm
-        seconds = 0.0 if free else calibrated_seconds(cell, finished)
+        seconds = 0.0 if free else calibrated_seconds(cell, finished, pace)
         shares = owner if owner != arm else None
         plans.append(CellPlan(arm, cell.id, cell.id in stored, seconds, shares))
     return plans
