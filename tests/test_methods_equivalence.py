@@ -17,6 +17,7 @@ COMPACT = {
     "num_hist": 1,
     "predictor": PredictorConfig(depth=3, heads=4, head_dim=64, mlp_width=512),
 }
+POOLED = {**COMPACT, "image_size": 112, "token_pool": 2}
 PAPER = {}
 EXTRA = {0: {"action_emb_dim": 384, "proprio_emb_dim": 384}, 1: {}}
 
@@ -57,7 +58,7 @@ def calibration_of(world_model, samples=2, horizon=5):
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("concat_dim", [0, 1])
-@pytest.mark.parametrize("settings", [COMPACT, PAPER], ids=["compact", "paper"])
+@pytest.mark.parametrize("settings", [COMPACT, POOLED, PAPER], ids=["compact", "pooled", "paper"])
 def test_transforms_leave_features_predictions_and_rollouts_as_they_are(settings, concat_dim):
     world_model = model_of(settings, concat_dim)
     calibration = calibration_of(world_model)

@@ -275,7 +275,7 @@ class TestDryRun:
             estimated_seconds(prepared.cells["float"], pace) >= 6 * 3 * 16 * 2 * 3 * pace["float"]
         )
 
-    def test_estimates_grow_with_the_work_and_follow_what_was_measured(self, tmp_path, monkeypatch):
+    def test_estimates_follow_the_work_and_what_was_measured(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dry_run, "measured_pace", lambda _: SECONDS_PER_FRAME)
         small, large = (
             plan_study(**study(point_spec(arms=["float"], episodes=n)), out=tmp_path / "none")

@@ -26,6 +26,27 @@ def test_candidates_and_episodes_do_not_see_each_other(concat_dim):
 
 
 @torch.no_grad()
+def test_pooled_tokens_are_means_over_squares_of_the_grid():
+    plain, pooled = (tiny_model(image_size=56, token_pool=pool) for pool in (1, 2))
+    pooled.encoder.load_state_dict(plain.encoder.state_dict())
+    grid = plain.encode(observation())["visual"].view(2, 1, 4, 4, 24)
+    found = pooled.encode(observation())["visual"]
+    assert found.shape == (2, 1, 4, 24)
+    torch.testing.assert_close(found[:, :, 1], grid[:, :, :2, 2:].mean((2, 3)))
+    torch.testing.assert_close(found[:, :, 2], grid[:, :, 2:, :2].mean((2, 3)))
+    rolled = pooled.rollout(pooled.encode(observation()), torch.randn(2, 3, 5, 10))
+    assert rolled["visual"].shape == (2, 3, 6, 4, 24)
+
+
+def test_a_pool_must_divide_the_grid_and_is_written_only_where_it_pools():
+    with pytest.raises(UsageError, match="token_pool 3 does not divide the grid of 4"):
+        tiny_config(image_size=56, token_pool=3)
+    assert "token_pool" not in tiny_config().to_dict()
+    pooled = tiny_config(image_size=56, token_pool=2)
+    assert DINOWMConfig.from_dict(pooled.to_dict()) == pooled
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("num_hist", [1, 2, 3])
 def test_last_only_is_the_last_frame_of_the_whole_rollout(num_hist):
     model = tiny_model(num_hist=num_hist)

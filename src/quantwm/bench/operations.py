@@ -70,8 +70,8 @@ def encoding(config: DINOWMConfig) -> Operations:
     """One image through DINOv2, and its proprioception's embedding."""
     e = config.encoder
     block = _Block(e.width, e.width, _MLP_RATIO * e.width)
-    tokens = config.num_patches + 1
-    patches = config.num_patches * _RGB * e.patch_size**2 * e.width
+    tokens = config.image_patches + 1
+    patches = config.image_patches * _RGB * e.patch_size**2 * e.width
     embedding = config.proprio_dim * config.proprio_emb_dim
     blocks = (block.tokens(tokens) + block.attend(tokens, tokens)) * e.depth
     return Operations(patches + embedding) + blocks
@@ -139,7 +139,7 @@ def added_operations(
     total = 0
     for name, count in added.items():
         if name.startswith("encoder."):
-            total += count * (config.num_patches + 1)
+            total += count * (config.image_patches + 1)
         else:
             total += count * candidates * (newest if name.startswith(last) else whole)
     return Operations(total * episodes)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,4 +105,4 @@ def encode_split(
 def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:
     images = world_model.preprocess(visual)
     with torch.inference_mode(), fast_products(images.device):
-        return cast(Tensor, world_model.encoder(images)).half()
+        return world_model.encode_images(images).half()

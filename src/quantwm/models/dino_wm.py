@@ -48,6 +48,9 @@ class DINOWMConfig:
         task: the task it was trained on.
         action_dim, proprio_dim: raw widths.
         image_size: side the encoder sees; a multiple of its patch size (196 in DINO-WM).
+        frame_size: side that frames are resized to before that; None: they are taken as they are.
+        token_pool: patch tokens are averaged over squares of this side; 1, as in DINO-WM, leaves
+            them. Small objects need a large image, and a cheap predictor few tokens.
         num_hist: frames the predictor sees.
         concat_dim: 1 appends the embeddings to every patch token, 0 adds two tokens a frame.
         frameskip: raw actions in one model action.
@@ -65,6 +68,8 @@ class DINOWMConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     image_size: int = 196
+    frame_size: int | None = None
+    token_pool: int = 1
     num_hist: int = 3
     concat_dim: int = 1
     frameskip: int = 5
@@ -85,6 +90,10 @@ class DINOWMConfig:
         if self.image_size % self.encoder.patch_size:
             patch = self.encoder.patch_size
             problems.append(f"image_size {self.image_size} is no multiple of the patch {patch}")
+        elif self.token_pool < 1 or self._grid % self.token_pool:
+            problems.append(
+                f"token_pool {self.token_pool} does not divide the grid of {self._grid} patches"
+            )
         if self.num_hist < 1 or self.frameskip < 1:
             problems.append("num_hist and frameskip must be at least 1")
         if self.concat_dim == 0:
@@ -102,9 +111,18 @@ class DINOWMConfig:
             raise UsageError("invalid DINO-WM configuration: " + "; ".join(problems))
 
     @property
+    def _grid(self) -> int:
+        return self.image_size // self.encoder.patch_size
+
+    @property
+    def image_patches(self) -> int:
+        """Patch tokens that the encoder computes for a frame."""
+        return self._grid**2
+
+    @property
     def num_patches(self) -> int:
-        """Patch tokens a frame."""
-        return (self.image_size // self.encoder.patch_size) ** 2
+        """Patch tokens of a frame's latent, once they are pooled."""
+        return (self._grid // self.token_pool) ** 2
 
     @property
     def frame_tokens(self) -> int:
@@ -128,7 +146,10 @@ class DINOWMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back."""
-        return cast(dict[str, Any], _jsonable(asdict(self)))
+        values = cast(dict[str, Any], _jsonable(asdict(self)))
+        # Left out where it says nothing, so that files and hashes stay what they were without it.
+        silent = {"frame_size": None, "token_pool": 1}
+        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DINOWMConfig":
@@ -221,20 +242,33 @@ class DINOWM(nn.Module):
         lead = frames.shape[:-3]
         frames = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
         frames = (frames / 255.0 - 0.5) / 0.5
-        size = (self.config.image_size, self.config.image_size)
-        frames = F.interpolate(
-            frames, size=size, mode="bilinear", antialias=True, align_corners=False
-        )
-        return frames.reshape(*lead, 3, *size)
+        sides = [self.config.image_size]
+        if self.config.frame_size not in (None, frames.shape[-1]):
+            sides = [self.config.frame_size, *sides]
+        for side in sides:
+            frames = F.interpolate(
+                frames, size=(side, side), mode="bilinear", antialias=True, align_corners=False
+            )
+        return frames.reshape(*lead, 3, *frames.shape[-2:])
 
     def encode(self, observation: Observation) -> dict[str, Tensor]:
         """Raw observations of (B, T) frames → {"visual": (B, T, P, D), "proprio": (B, T, E)}."""
         images = self.preprocess(observation["visual"]).to(self.dtype)
         batch, frames = images.shape[:2]
-        visual = cast(Tensor, self.encoder(images.flatten(0, 1)))
+        visual = self.encode_images(images.flatten(0, 1))
         visual = visual.view(batch, frames, *visual.shape[1:])
         proprio = self.normalize_proprio(torch.as_tensor(observation["proprio"]))
         return {"visual": visual, "proprio": self.embed_proprio(proprio)}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encoder input (B, 3, S, S) → the latent's patch tokens (B, P, D)."""
+        tokens = cast(Tensor, self.encoder(images))
+        pool = self.config.token_pool
+        if pool == 1:
+            return tokens
+        side = self.config.image_size // self.config.encoder.patch_size
+        grid = tokens.view(len(tokens), side // pool, pool, side // pool, pool, tokens.shape[-1])
+        return grid.mean((2, 4)).flatten(1, 2)
 
     def normalize_proprio(self, proprio: Tensor) -> Tensor:
         """Raw proprioception (..., P) → normalised float32 on the model's device."""
