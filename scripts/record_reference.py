@@ -4,8 +4,9 @@
     python scripts/record_reference.py --dino-wm PATH --dinov2 PATH --out tests/fixtures
 
 PATH are checkouts of github.com/gaoyuezhou/dino_wm and github.com/facebookresearch/dinov2; the
-commits that the stored fixtures come from are in `tests/fixtures/manifest.json`. Run once. The
-same seed, checkouts and library versions write the same files.
+commits that the stored fixtures come from are in `tests/fixtures/manifest.json`. Run once; with
+`--only NAME` for files that were added since, from the same commits and versions. The same seed,
+checkouts and library versions write the same files.
 
 Nothing of the public code is rewritten here: every recorded output comes out of its classes
 (DinoVisionTransformer, DinoV2Encoder, ViTPredictor, ProprioceptiveEmbedding, VWorldModel,
@@ -32,6 +33,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,14 @@ class Resize:
     def __call__(self, image: Tensor) -> Tensor:
         if tuple(image.shape[-2:]) == self.size:
             return image
-        batch = image if image.ndim == 4 else image.unsqueeze(0)
         batch = nn.functional.interpolate(
-            batch, size=self.size, mode="bilinear", antialias=True, align_corners=False
+            image.reshape(-1, *image.shape[-3:]),
+            size=self.size,
+            mode="bilinear",
+            antialias=True,
+            align_corners=False,
         )
-        return batch if image.ndim == 4 else batch.squeeze(0)
+        return batch.reshape(*image.shape[:-2], *self.size)
 
 
 class CenterCrop:
@@ -129,28 +134,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "tests/fixtures")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="ViT-S/14 in Meta's naming")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="record these files alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     public = import_public_code(arguments.dino_wm.resolve(), arguments.dinov2.resolve())
     seed = arguments.seed
-    files = {
-        "encoder": models.record_encoder(public, seed),
-        "encoder_vits14": models.record_released_encoder(public, arguments.weights),
-        "predictor": models.record_predictor(public, seed),
-        "world_model": models.record_world_model(public, seed),
-        "end_to_end": models.record_end_to_end(public, seed),
-        "wall_transitions": wall.record_transitions(public, seed),
-        "wall_rollouts": wall.record_rollouts(public, seed),
-        "wall_non_finite": wall.record_non_finite(public, seed),
-        "wall_frames": wall.record_frames(public, seed),
-        "wall_random_states": wall.record_random_states(public),
-        "wall_success": wall.record_success(public, seed),
+    files: dict[str, Callable[[], dict[str, Any]]] = {
+        "encoder": lambda: models.record_encoder(public, seed),
+        "encoder_vits14": lambda: models.record_released_encoder(public, arguments.weights),
+        "encoder_sizes": lambda: models.record_encoder_sizes(public, arguments.weights),
+        "predictor": lambda: models.record_predictor(public, seed),
+        "world_model": lambda: models.record_world_model(public, seed),
+        "end_to_end": lambda: models.record_end_to_end(public, seed),
+        "wall_transitions": lambda: wall.record_transitions(public, seed),
+        "wall_rollouts": lambda: wall.record_rollouts(public, seed),
+        "wall_non_finite": lambda: wall.record_non_finite(public, seed),
+        "wall_frames": lambda: wall.record_frames(public, seed),
+        "wall_random_states": lambda: wall.record_random_states(public),
+        "wall_success": lambda: wall.record_success(public, seed),
     }
+    if unknown := set(arguments.only or ()) - set(files):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(files)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, arrays in files.items():
+    for name in arguments.only or files:
+        arrays = files[name]()
         path = arguments.out / f"{name}.npz"
         np.savez_compressed(path, **{k: np.asarray(v) for k, v in arrays.items()})
         print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size / 1024:.0f} KiB")
+    if arguments.only:
+        return  # the manifest speaks of all files
     manifest = {
         "seed": seed,
         "commits": {

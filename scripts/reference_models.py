@@ -4,6 +4,7 @@ Random weights are multiples of 2^-9 below 4, hence exact in float16, as which t
 """
 
 import contextlib
+import sys
 import types
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reference_wall import make_wall
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import encoder_support as support
 
 Arrays = dict[str, Any]
 GRID = 2.0**-9
@@ -136,6 +140,25 @@ def record_released_encoder(public: types.SimpleNamespace, weights: Path) -> Arr
         "x_norm_patchtokens"
     ]
     return {"frame": frame, "tokens": tokens.numpy()}
+
+
+def record_encoder_sizes(public: types.SimpleNamespace, weights: Path) -> Arrays:
+    """The released ViT-S/14 and ViT-B/14 at three image sizes, weights and images by seed.
+
+    Of the tokens every twelfth, and of all of them the norm. Also the ViT-S/14 with the bundled
+    weights.
+    """
+    arrays: Arrays = {}
+    released = {k: v.float() for k, v in load_file(weights).items()}
+    for case, name in (("vits14", "vits14"), ("vitb14", "vitb14"), ("bundled", "vits14")):
+        encoder = getattr(public.meta_hub, f"dinov2_{name}")(pretrained=False).eval()
+        seeded = support.seeded_state(support.shapes_of(encoder))
+        encoder.load_state_dict(released if case == "bundled" else seeded)
+        for side in support.ENCODER_SIDES:
+            tokens = encoder.forward_features(support.seeded_images(side))["x_norm_patchtokens"]
+            arrays[f"{case}/{side}/tokens"] = tokens[:, ::12].numpy()
+            arrays[f"{case}/{side}/norms"] = tokens.norm(dim=-1).numpy()
+    return arrays
 
 
 def record_predictor(public: types.SimpleNamespace, seed: int) -> Arrays:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quantwm.models
+from encoder_support import ENCODER_SIDES, seeded_images, seeded_state, shapes_of
 from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
-from quantwm.models.dinov2 import DINOv2, vit_small
+from quantwm.models.dinov2 import DINOv2, vit_base, vit_small
 from quantwm.models.predictor import Predictor, reference_state_dict
 from quantwm.planning.objective import Objective
 
@@ -90,6 +91,21 @@ def test_bundled_encoder_computes_what_the_released_architecture_does() -> None:
         align_corners=False,
     )
     assert_close(encoder(image), arrays["tokens"], "x_norm_patchtokens of ViT-S/14")
+
+
+@pytest.mark.parametrize("case", ["vits14", "vitb14", "bundled"])
+@torch.no_grad()
+def test_released_sizes_compute_what_metas_do(case: str) -> None:
+    """At the compact, DINO-WM's and the rendered resolution, weights as the seed makes them."""
+    arrays = load("encoder_sizes")
+    encoder = (vit_base() if case == "vitb14" else vit_small()).eval()
+    bundled = {k: v.float() for k, v in load_file(WEIGHTS).items()}
+    encoder.load_state_dict(bundled if case == "bundled" else seeded_state(shapes_of(encoder)))
+    for side in ENCODER_SIDES:
+        tokens = encoder(seeded_images(side))
+        assert tokens.shape[1] == (side // 14) ** 2
+        assert_close(tokens[:, ::12], arrays[f"{case}/{side}/tokens"], f"{case} at {side} px")
+        assert_close(tokens.norm(dim=-1), arrays[f"{case}/{side}/norms"], f"norms at {side} px")
 
 
 @pytest.mark.parametrize("attention", ["fused", "explicit"])

@@ -296,3 +296,23 @@ def test_products_are_bfloat16_only_where_the_device_multiplies_it(native, dtype
     monkeypatch.setattr(compute, "_native_bfloat16", lambda _: native)
     with compute.fast_products(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("concat_dim", [0, 1])
+def test_the_loss_can_weigh_proprioception_as_the_objective_does(windows, concat_dim):
+    """One patch a frame, as above: errors of the rollout, a mean for each part."""
+    wide = {"action_emb_dim": 24, "proprio_emb_dim": 24} if concat_dim == 0 else {}
+    world_model = model(concat_dim=concat_dim, image_size=14, **wide)
+    batch = windows["validation"].batch(np.arange(4))
+    batch = replace(batch, visual=batch.visual[:, :, :1])
+    truth = {"visual": batch.visual, "proprio": world_model.embed_proprio(batch.proprio)}
+    first = {name: part[:, :1] for name, part in truth.items()}
+    imagined = world_model.rollout(first, batch.actions[:, None, :1])
+    errors = {n: float(((imagined[n][:, 0, 1] - truth[n][:, 1]) ** 2).mean()) for n in truth}
+    for weight in (0.0, 1.0, 3.0):
+        expected = errors["visual"] + weight * errors["proprio"]
+        found = float(window_loss(world_model, batch, 1, proprio_weight=weight))
+        assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UsageError, match="must not be negative"):
+        TrainingSettings(proprio_weight=-1.0)

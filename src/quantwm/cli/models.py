@@ -49,19 +49,30 @@ def train(
         Path | None, typer.Option(help="Folder for cached latents (GBs); default OUT/latents.")
     ] = None,
     scale: Annotated[str, typer.Option(help="compact or paper.")] = "compact",
+    encoder: Annotated[
+        str,
+        typer.Option(help="dinov2_vits14, dinov2_vitb14, facebook/dinov2-small, or a file."),
+    ] = "dinov2_vits14",
+    download: Annotated[
+        bool, typer.Option(help="Fetch the encoder's weights if they are nowhere on this machine.")
+    ] = True,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
     batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     unroll: Annotated[
         int, typer.Option(help="Predictions fed back in the loss; 1 as DINO-WM.")
     ] = 2,
+    proprio_weight: Annotated[
+        float | None,
+        typer.Option(help="Of proprioception in the loss; default: the task's own, or as DINO-WM."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation and shuffling.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Train a world model's predictor. Run again to continue after an interruption."""
     with exit_codes("The last checkpoint is kept: run the same command to go on."):
         from quantwm.envs import get_task
-        from quantwm.training.pipeline import MODEL_FOLDER, train_task
+        from quantwm.training.pipeline import MODEL_FOLDER, PROPRIO_WEIGHTS, train_task
         from quantwm.training.train import TrainingSettings
 
         settings = TrainingSettings(
@@ -69,10 +80,18 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             unroll=unroll,
+            proprio_weight=(
+                PROPRIO_WEIGHTS.get(task) if proprio_weight is None else proprio_weight
+            ),
             seed=seed,
         )
         with bars() as progress:
             bar = progress.add_task("train", total=steps, note="", start=False)
+
+            fetch = progress.add_task("fetch encoder", total=None, note="", visible=False)
+
+            def fetched(done: int, total: int) -> None:
+                progress.update(fetch, completed=done, total=total, visible=done < total)
 
             def report(step: int, total: int, figures: dict[str, float]) -> None:
                 note = f"loss {figures['loss']:.4f}"
@@ -93,7 +112,10 @@ def train(
                 cache or out_folder / "latents",
                 settings,
                 scale=scale,
+                encoder=encoder,
+                download=download,
                 device=device,
+                downloading=fetched,
                 encoding=counter(progress, "encode frames"),
                 report=report,
             )

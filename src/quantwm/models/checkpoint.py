@@ -7,6 +7,7 @@ bundled DINOv2 names it instead of storing it again.
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -47,16 +48,29 @@ def bundled_encoder_state() -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in _bundled_encoder().items()}
 
 
-def new_world_model(config: DINOWMConfig) -> DINOWM:
-    """An untrained model around the bundled encoder.
+def new_world_model(config: DINOWMConfig, encoder: Mapping[str, Tensor] | None = None) -> DINOWM:
+    """An untrained model around a pretrained encoder.
+
+    Args:
+        config: `config.encoder` is the encoder's size.
+        encoder: its weights, see `quantwm.models.encoder_weights`; None takes the bundled ones.
 
     Raises:
-        UsageError: the configuration asks for another encoder than DINOv2 ViT-S/14.
+        UsageError: no weights are given and the size is not that of the bundled ones.
+        MismatchError: the weights given are of another size.
     """
-    if config.encoder != EncoderConfig():
-        raise UsageError(f"the bundled encoder is DINOv2 ViT-S/14, not {config.encoder}")
+    if encoder is None and config.encoder != EncoderConfig():
+        raise UsageError(
+            f"the bundled encoder is DINOv2 ViT-S/14, not {config.encoder}: give the weights, "
+            "new_world_model(config, find_encoder('dinov2_vitb14'))"
+        )
     world_model = DINOWM(config)
-    world_model.encoder.load_state_dict(bundled_encoder_state())
+    try:
+        world_model.encoder.load_state_dict(bundled_encoder_state() if encoder is None else encoder)
+    except RuntimeError as error:
+        raise MismatchError(
+            f"the encoder's weights do not fit the configuration's {config.encoder}: {error}"
+        ) from error
     return world_model.eval()
 
 

@@ -14,8 +14,14 @@ def window_length(world_model: DINOWM, unroll: int) -> int:
     return max(world_model.config.num_hist, unroll) + 1
 
 
-def window_loss(world_model: DINOWM, batch: Batch, unroll: int) -> Tensor:
+def window_loss(
+    world_model: DINOWM, batch: Batch, unroll: int, proprio_weight: float | None = None
+) -> Tensor:
     """MSE of the predicted visual and proprio parts.
+
+    With a `proprio_weight` w it is MSE(visual) + w · MSE(proprio), as in the planning objective;
+    without, one mean over all channels, as in DINO-WM, in which the few proprio channels hardly
+    count. Where velocity can be seen only there, rollouts need them.
 
     The mean of `unroll` losses: that of all frames predicted from true ones before them, which is
     DINO-WM's loss, and of each further frame imagined as planning does it: from the first frame
@@ -25,12 +31,14 @@ def window_loss(world_model: DINOWM, batch: Batch, unroll: int) -> Tensor:
     frames, target = embedded_frames(world_model, batch)
     action = world_model.embed_actions(batch.actions)
     predicted = world_model.predict(frames[:, :history])
-    losses = [_observation_error(predicted, target[:, 1 : history + 1], world_model)]
+    losses = [
+        _observation_error(predicted, target[:, 1 : history + 1], world_model, proprio_weight)
+    ]
     imagined, newest = [frames[:, 0]], predicted[:, 0]
     for ahead in range(1, unroll):
         imagined.append(_with_action(world_model, newest.float(), action[:, ahead]))
         newest = world_model.predict(torch.stack(imagined[-history:], dim=1))[:, -1]
-        losses.append(_observation_error(newest, target[:, ahead + 1], world_model))
+        losses.append(_observation_error(newest, target[:, ahead + 1], world_model, proprio_weight))
     return torch.stack(losses).mean()
 
 
@@ -95,12 +103,21 @@ def validate(world_model: DINOWM, windows: Windows, samples: int = 256) -> dict[
     }
 
 
-def _observation_error(predicted: Tensor, target: Tensor, world_model: DINOWM) -> Tensor:
+def _observation_error(
+    predicted: Tensor, target: Tensor, world_model: DINOWM, proprio_weight: float | None
+) -> Tensor:
     """MSE without the action part (the last token or the last channels)."""
-    difference = predicted.float() - target
-    if world_model.config.concat_dim == 0:
-        return (difference[..., :-1, :] ** 2).mean()
-    return (difference[..., : -world_model.config.action_width] ** 2).mean()
+    config = world_model.config
+    squares = (predicted.float() - target) ** 2
+    if config.concat_dim == 0:
+        squares = squares[..., :-1, :]
+        visual, proprio = squares[..., :-1, :], squares[..., -1:, :]
+    else:
+        squares = squares[..., : -config.action_width]
+        visual, proprio = squares[..., : config.encoder.width], squares[..., config.encoder.width :]
+    if proprio_weight is None:
+        return squares.mean()
+    return visual.mean() + proprio_weight * proprio.mean()
 
 
 def _sum_mse(a: Tensor, b: Tensor) -> float:

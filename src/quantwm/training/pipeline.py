@@ -9,8 +9,14 @@ from quantwm.data.latents import encode_split
 from quantwm.data.sources import open_data
 from quantwm.data.statistics import Statistics
 from quantwm.errors import UsageError, unknown_name
-from quantwm.models.checkpoint import ENCODER_SHA256, new_world_model, save_world_model
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, PredictorConfig
+from quantwm.models.checkpoint import (
+    BUNDLED_ENCODER,
+    ENCODER_SHA256,
+    new_world_model,
+    save_world_model,
+)
+from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.encoder_weights import Progress, open_encoder
 from quantwm.protocols import Task
 from quantwm.training.batches import Windows
 from quantwm.training.initialization import initialize
@@ -55,8 +61,20 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
 
 
-def model_config(task: Task, statistics: Statistics, scale: str) -> DINOWMConfig:
+PROPRIO_WEIGHTS: dict[str, float] = {"point_maze": 1.0, "pusht": 1.0}
+"""`TrainingSettings.proprio_weight` by task; tasks that are left out train as DINO-WM.
+
+PointMaze's velocity and PushT's are only in the proprioception: trained as one of 394 channels it
+was imagined 0.42 off after one step, against 0.05 of the frames (`quantwm diagnose`)."""
+
+
+def model_config(
+    task: Task, statistics: Statistics, scale: str, encoder: EncoderConfig | None = None
+) -> DINOWMConfig:
     """The configuration of a scale with the statistics of a data set.
+
+    Args:
+        encoder: another size than ViT-S/14; the predictor's token width follows it.
 
     Raises:
         UsageError: an unknown scale, or a task that has none of that name.
@@ -69,6 +87,7 @@ def model_config(task: Task, statistics: Statistics, scale: str) -> DINOWMConfig
         task=task.name,
         action_dim=task.action_dim,
         proprio_dim=task.proprio_dim,
+        encoder=encoder or EncoderConfig(),
         **statistics.to_dict(),
         **SCALES[scale][task.name],
     )
@@ -82,7 +101,10 @@ def train_task(
     settings: TrainingSettings,
     *,
     scale: str = "compact",
+    encoder: str | Path = BUNDLED_ENCODER,
+    download: bool = False,
     device: str = "auto",
+    downloading: Progress | None = None,
     encoding: Callable[[int, int], None] | None = None,
     report: Report | None = None,
 ) -> DINOWM:
@@ -94,23 +116,31 @@ def train_task(
         out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`.
         cache: receives the latents; a few GB, best outside of any synchronised folder.
         scale: "compact" or "paper".
+        encoder: a released encoder's name or a file of weights, see `open_encoder`.
+        download: fetch the encoder's weights if this machine has none.
         device: "auto" takes a GPU where there is one.
-        encoding, report: progress of the two stages.
+        downloading, encoding, report: progress of the stages.
 
     Raises:
-        UsageError: no data there, or an unknown scale.
-        MismatchError: the folders belong to other data, another task or other settings.
+        UsageError: no data there, an unknown scale, or no such encoder.
+        MismatchError: the folders belong to other data, another task, another encoder or other
+            settings.
+        CorruptFileError: the data or the encoder's weights are damaged.
     """
     data_set = open_data(data, task)
-    world_model = new_world_model(model_config(task, data_set.statistics, scale))
+    weights = open_encoder(encoder, download=download, progress=downloading)
+    config = model_config(task, data_set.statistics, scale, weights.config)
+    world_model = new_world_model(config, weights.state)
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
         parameter.requires_grad_(False)
     key = {
         **data_set.key,
-        "encoder": ENCODER_SHA256,
+        "encoder": weights.sha256,
         "image_size": world_model.config.image_size,
     }
+    if world_model.config.token_pool != 1:
+        key["token_pool"] = world_model.config.token_pool
     lengths = {
         "train": window_length(world_model, settings.unroll),
         "validation": HORIZON + 1,
@@ -126,7 +156,13 @@ def train_task(
             raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error
     initialize(world_model, windows["train"], settings.seed)
     trained = train(
-        world_model, windows["train"], windows["validation"], out, settings, report=report
+        world_model,
+        windows["train"],
+        windows["validation"],
+        out,
+        settings,
+        encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
+        report=report,
     )
     for parameter in trained.encoder.parameters():
         parameter.requires_grad_(True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from quantwm.compute import fast_products
 from quantwm.errors import NonFiniteError, UsageError
@@ -29,6 +30,7 @@ class TrainingSettings:
         weight_decay: AdamW's, on matrices only.
         unroll: losses a window: DINO-WM's own, and of each further frame imagined from the first
             one on; 1 is DINO-WM's alone.
+        proprio_weight: of proprioception in the loss, see `window_loss`; None as DINO-WM.
         ema: decay of the averaged weights that are kept.
         clip: largest gradient norm.
         checkpoint_every, validate_every: steps.
@@ -41,6 +43,7 @@ class TrainingSettings:
     warmup: int = 300
     weight_decay: float = 0.01
     unroll: int = 2
+    proprio_weight: float | None = None
     ema: float = 0.998
     clip: float = 1.0
     checkpoint_every: int = 500
@@ -50,6 +53,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.unroll < 1:
             raise UsageError("steps, batch_size and unroll must be at least 1")
+        if self.proprio_weight is not None and not self.proprio_weight >= 0:
+            raise UsageError(f"proprio_weight must not be negative, got {self.proprio_weight}")
 
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -63,12 +68,18 @@ def train(
     folder: Path,
     settings: TrainingSettings,
     *,
+    encoder: str | None = None,
     report: Report | None = None,
 ) -> DINOWM:
     """Train predictor and embeddings; the encoder is left alone.
 
     Checkpoints and a validation curve (`curve.jsonl`) go to `folder`; started again with the same
     settings, training continues from the last checkpoint and ends with the same weights.
+
+    Args:
+        encoder: checksum of an encoder that is not the package's; a run goes on only with the
+            encoder that it began with.
+        report: progress.
 
     Returns:
         the model with the averaged weights, in evaluation mode.
@@ -78,7 +89,12 @@ def train(
         NonFiniteError: the loss became NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {"settings": asdict(settings), "model": world_model.config.to_dict()}
+    identity: dict[str, Any] = {
+        "settings": asdict(settings),
+        "model": world_model.config.to_dict(),
+    }
+    if encoder is not None:
+        identity["encoder"] = encoder
     state = TrainingState(
         trainable(world_model),
         learning_rate=settings.learning_rate,
@@ -111,7 +127,9 @@ def _step(
 ) -> float:
     """One optimiser step; returns the loss."""
     with fast_products(world_model.device):
-        loss = window_loss(world_model, batch.to(world_model.device), settings.unroll)
+        loss = window_loss(
+            world_model, batch.to(world_model.device), settings.unroll, settings.proprio_weight
+        )
     value = loss.item()
     if not math.isfinite(value):
         raise NonFiniteError(
