@@ -26,7 +26,17 @@ def run(*arguments):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("collect", "train", "quantize", "study", "work", "status", "diagnose", "info"):
+    for command in (
+        "collect",
+        "train",
+        "quantize",
+        "study",
+        "work",
+        "status",
+        "diagnose",
+        "convert",
+        "info",
+    ):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"Example: quantwm {command}" in result.output.replace("\n", " ")

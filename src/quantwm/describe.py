@@ -19,6 +19,7 @@ from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import method_names
 from quantwm.models.bundled import bundled_names
+from quantwm.models.dino_wm_checkpoint import is_checkpoint
 from quantwm.protocols import Task
 from quantwm.quant import quantization_of, stored_bytes
 from quantwm.quant.structure import added_multiply_adds
@@ -53,7 +54,8 @@ def describe(source: str) -> dict[str, Any]:
         CorruptFileError: it is damaged.
     """
     path = Path(source)
-    if source in bundled_names() or (path / storage.METADATA_FILE).is_file():
+    named = source in bundled_names() or (path / storage.METADATA_FILE).is_file()
+    if named or is_checkpoint(path):
         return _describe_model(source)
     if stored_task(path) is not None:
         return _describe_data(path)
@@ -94,10 +96,10 @@ def _describe_model(source: str) -> dict[str, Any]:
         part: sum(p.numel() for n, p in world_model.named_parameters() if n.startswith(part))
         for part in ("encoder.", "predictor.")
     }
-    facts: dict[str, Any] = {
-        "kind": "world model, float" if record is None else "world model, quantized",
-        "bytes": stored_bytes(world_model),
-    }
+    kind = "world model, float" if record is None else "world model, quantized"
+    if source not in bundled_names() and not (Path(source) / storage.METADATA_FILE).is_file():
+        kind = "world model, float, in a checkpoint of DINO-WM's public code"
+    facts: dict[str, Any] = {"kind": kind, "bytes": stored_bytes(world_model)}
     if record is None:
         facts["hash"] = model_hash(world_model)
         facts["parameters"] = {name.rstrip("."): count for name, count in sizes.items()}
@@ -108,6 +110,8 @@ def _describe_model(source: str) -> dict[str, Any]:
         facts["float model's hash"] = record.source_model_hash
         if added := added_multiply_adds(record.structure):
             facts["added multiply-adds a token"] = added
+    if world_model.action_spec.mean is None:
+        facts["statistics"] = "none: give the data set or a statistics file to plan with it"
     return facts | {"config": world_model.config.to_dict()}
 
 

@@ -1,5 +1,6 @@
 """Loading and saving world models, float or quantized, by name or folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,16 @@ import torch
 
 from quantwm import storage
 from quantwm.compute import resolve_device, resolve_dtype
+from quantwm.data.dino_wm_layout import PUSHT_STATISTICS
+from quantwm.data.sources import SPLITS, open_data
+from quantwm.data.statistics import Statistics
+from quantwm.envs import get_task
 from quantwm.errors import UsageError, unknown_name
 from quantwm.models import checkpoint
 from quantwm.models.bundled import bundled_folder, bundled_names
 from quantwm.models.dino_wm import DINOWM, DINOWMConfig
+from quantwm.models.dino_wm_checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from quantwm.protocols import ActionSpec
 from quantwm.quant import artifact
 from quantwm.quant.apply import quantization_of
 
@@ -20,25 +27,46 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    data: str | Path | None = None,
+    stats: str | Path | None = None,
 ) -> DINOWM:
     """A world model in evaluation mode.
 
     Args:
-        source: the name of a bundled model, or a folder that `save` or `quantwm train` wrote.
+        source: the name of a bundled model, a folder that `save` or `quantwm train` wrote, or the
+            output folder of DINO-WM's public `train.py`, from which nothing is executed.
         device: where to put it; "auto" takes a GPU where there is one.
         dtype: cast to this type. Default: float32, the type to quantize from; `evaluate` casts a
             copy to its own compute type.
+        data: the data set that the model was trained on, to compute statistics from; for a model
+            that carries none, which otherwise encodes and predicts but cannot plan.
+        stats: a JSON file of them instead, as `Statistics.to_dict` has them.
 
     Raises:
-        UsageError: neither a bundled model's name nor a model's folder.
+        UsageError: neither a bundled model's name nor a model's folder, or statistics for a model
+            that has its own.
         CorruptFileError: a file is damaged.
+        MismatchError: the data set is another task's.
     """
     folder = _folder_of(source)
-    kind = storage.read_metadata(folder).get("format")
-    if kind == artifact.FORMAT:
+    if data is not None and stats is not None:
+        raise UsageError("give either a data set or a statistics file, not both")
+    if not is_checkpoint(folder) and not (folder / storage.METADATA_FILE).is_file():
+        raise UsageError(
+            f"{folder} holds no saved model: neither {storage.METADATA_FILE} and "
+            f"{storage.TENSORS_FILE}, as quantwm saves one, nor hydra.yaml and "
+            "checkpoints/model_latest.pth, as DINO-WM does"
+        )
+    if _is_public(folder):
+        world_model = _load_public(folder, data, stats)
+    elif storage.read_metadata(folder).get("format") == artifact.FORMAT:
         world_model = _load_quantized(folder)
     else:
         world_model = checkpoint.load_world_model(folder)
+    if not _is_public(folder) and (data is not None or stats is not None):
+        if world_model.action_spec.mean is not None:
+            raise UsageError(f"{source} carries statistics of its own: leave data and stats out")
+        _set_statistics(world_model, _given_statistics(world_model.config.task, data, stats, None))
     resolved = resolve_device(device)
     world_model = world_model.to(resolved)
     return world_model if dtype is None else world_model.to(resolve_dtype(dtype, resolved))
@@ -63,9 +91,73 @@ def _folder_of(source: str | Path) -> Path:
         return bundled_folder(source)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UsageError(
+            f"{source} is a file: give the model's folder, for a checkpoint of DINO-WM the one "
+            "that holds hydra.yaml"
+        )
     if isinstance(source, Path) or "/" in source:
         raise UsageError(f"there is no folder {source}")
     raise unknown_name("world model", source, bundled_names())
+
+
+def _is_public(folder: Path) -> bool:
+    return is_checkpoint(folder) and not (folder / storage.METADATA_FILE).is_file()
+
+
+def _load_public(folder: Path, data: str | Path | None, stats: str | Path | None) -> DINOWM:
+    """A checkpoint of DINO-WM's, with the statistics that are known or given."""
+    read = read_checkpoint(folder)
+    config, task = read.world_model.config, get_task(read.settings.task)
+    for name, ours in (("action", task.action_dim), ("proprio", task.proprio_dim)):
+        if getattr(config, f"{name}_dim") != ours:
+            raise UsageError(
+                f"{read.file} takes {name}s of width {getattr(config, f'{name}_dim')}, quantwm's "
+                f"{task.name} has width {ours}"
+            )
+    statistics = _known_statistics(read)
+    if data is not None or stats is not None:
+        statistics = _given_statistics(task.name, data, stats, read.settings.rollouts)
+    if statistics is not None:
+        _set_statistics(read.world_model, statistics)
+    return read.world_model
+
+
+def _known_statistics(read: Checkpoint) -> Statistics | None:
+    """Those that the public code has without looking at a data set."""
+    config = read.world_model.config
+    if not read.settings.normalize:
+        return Statistics(
+            (0.0,) * config.action_dim,
+            (1.0,) * config.action_dim,
+            (0.0,) * config.proprio_dim,
+            (1.0,) * config.proprio_dim,
+        )
+    return PUSHT_STATISTICS if read.settings.task == "pusht" else None
+
+
+def _given_statistics(
+    task_name: str, data: str | Path | None, stats: str | Path | None, rollouts: int | None
+) -> Statistics:
+    if stats is not None:
+        return Statistics.read(Path(stats))
+    assert data is not None
+    opened = open_data(Path(data), get_task(task_name))
+    count = sum(len(opened.splits[name].trajectories) for name in SPLITS)
+    if rollouts is not None and rollouts < count:
+        raise UsageError(
+            f"the model was trained with statistics of the first {rollouts} trajectories "
+            f"(env.dataset.n_rollout), {data} has {count}: give them in a statistics file"
+        )
+    return opened.statistics
+
+
+def _set_statistics(world_model: DINOWM, statistics: Statistics) -> None:
+    config = replace(world_model.config, **statistics.to_dict())
+    world_model.config = config
+    world_model.action_spec = ActionSpec(
+        config.action_dim, config.frameskip, config.action_mean, config.action_std
+    )
 
 
 def _load_quantized(folder: Path) -> DINOWM:

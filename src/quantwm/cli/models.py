@@ -64,7 +64,7 @@ def train(
     ] = 2,
     proprio_weight: Annotated[
         float | None,
-        typer.Option(help="Of proprioception in the loss; default: the task's own, or as DINO-WM."),
+        typer.Option(help="Of proprioception's own error in the loss; default: as DINO-WM."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation and shuffling.")] = 0,
     device: Device = "auto",
@@ -72,7 +72,7 @@ def train(
     """Train a world model's predictor. Run again to continue after an interruption."""
     with exit_codes("The last checkpoint is kept: run the same command to go on."):
         from quantwm.envs import get_task
-        from quantwm.training.pipeline import MODEL_FOLDER, PROPRIO_WEIGHTS, train_task
+        from quantwm.training.pipeline import MODEL_FOLDER, train_task
         from quantwm.training.train import TrainingSettings
 
         settings = TrainingSettings(
@@ -80,9 +80,7 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             unroll=unroll,
-            proprio_weight=(
-                PROPRIO_WEIGHTS.get(task) if proprio_weight is None else proprio_weight
-            ),
+            proprio_weight=proprio_weight,
             seed=seed,
         )
         with bars() as progress:

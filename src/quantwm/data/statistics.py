@@ -1,12 +1,16 @@
 """Normalisation statistics of a data set."""
 
-from dataclasses import asdict, dataclass
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from quantwm.data.trajectories import Trajectories
+from quantwm.errors import CorruptFileError, UsageError
 from quantwm.protocols import Task
 
 Numbers: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -41,6 +45,36 @@ class Statistics:
     def to_dict(self) -> dict[str, Any]:
         """The settings of `DINOWMConfig` that these are."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> "Statistics":
+        """From a JSON file: `to_dict`'s four names, each with one number a component.
+
+        Raises:
+            UsageError: there is no such file.
+            CorruptFileError: it does not hold exactly these four, or numbers that cannot be.
+        """
+        names = [f.name for f in fields(cls)]
+        form = f'{{"{names[0]}": [...], ...}} with {", ".join(names)}'
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the statistics file {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(f"{path} is no JSON: {error}; it must be {form}") from error
+        if not isinstance(values, dict) or set(values) != set(names):
+            found = ", ".join(map(str, values)) if isinstance(values, dict) else "no names"
+            raise CorruptFileError(f"{path} holds {found[:200]}; it must be {form}")
+        for name, numbers in values.items():
+            if not isinstance(numbers, list) or not all(map(_is_number, numbers)):
+                raise CorruptFileError(f"{path}: {name} must be a list of finite numbers")
+            if name.endswith("std") and not all(number > 0 for number in numbers):
+                raise CorruptFileError(f"{path}: {name} must be positive, not {numbers[:8]}")
+        return cls(**{name: tuple(map(float, values[name])) for name in names})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)
 
 
 def of_trajectories(task: Task, trajectories: Trajectories) -> Statistics:

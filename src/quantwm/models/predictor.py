@@ -5,7 +5,7 @@ It has no input or output projection: tokens go in, the next frame's tokens come
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from quantwm.models.attention import KeyValueCache
 from quantwm.models.transformer import Block, residual_stream
 from quantwm.protocols import ResidualStream
+
+Value = TypeVar("Value")
 
 _REFERENCE_LAYER = re.compile(r"^(?:transformer\.)?layers\.(\d+)\.(?:(0|attn)|(1|ff|mlp))\.(.+)$")
 _REFERENCE_ATTENTION = {"norm": "norm1", "to_qkv": "attn.qkv", "to_out.0": "attn.proj"}
@@ -147,7 +149,7 @@ class Window:
         return cast(Tensor, self._predictor(tokens, cache=self._cache, newest_only=True))
 
 
-def reference_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reference_state_dict(state: Mapping[str, Value]) -> dict[str, Value]:
     """Rename the public code's predictor parameters to ours.
 
     Accepts `transformer.layers.N.0.*` (DINO-WM) and `layers.N.attn.*` (the quantization study).
@@ -155,7 +157,7 @@ def reference_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: a name that belongs to no part of the predictor.
     """
-    renamed: dict[str, Tensor] = {}
+    renamed: dict[str, Value] = {}
     for name, tensor in state.items():
         match = _REFERENCE_LAYER.match(name)
         if match is None:

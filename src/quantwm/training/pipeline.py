@@ -61,13 +61,6 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
 
 
-PROPRIO_WEIGHTS: dict[str, float] = {"point_maze": 1.0, "pusht": 1.0}
-"""`TrainingSettings.proprio_weight` by task; tasks that are left out train as DINO-WM.
-
-PointMaze's velocity and PushT's are only in the proprioception: trained as one of 394 channels it
-was imagined 0.42 off after one step, against 0.05 of the frames (`quantwm diagnose`)."""
-
-
 def model_config(
     task: Task, statistics: Statistics, scale: str, encoder: EncoderConfig | None = None
 ) -> DINOWMConfig:
