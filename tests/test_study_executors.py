@@ -1,5 +1,6 @@
 """Workers that share a folder: claims, processes, a cluster's jobs, kill -9, versions, status."""
 
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +33,13 @@ def dead_pid():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+def claiming(folder):
+    """Processes that hold a claim in a study's folder."""
+    for path in folder.glob("claims/*.claim"):
+        with contextlib.suppress(FileNotFoundError):
+            yield json.loads(path.read_text())["pid"]
 
 
 def rewrite(path, **changes):
@@ -152,14 +160,38 @@ def test_kill_9_at_random_moments_changes_no_row(tmp_path, reference):
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     for kill in range(4):
         workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
-        began = time.monotonic()
-        while time.monotonic() - began < 60 and not list(tmp_path.glob("claims/*.claim")):
+        pids = {worker.pid for worker in workers}
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not pids & set(claiming(tmp_path)):
             time.sleep(0.01)
         time.sleep(0.03 * kill)
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
             worker.wait()
     assert by_arm(run_study(**study(), out=tmp_path)) == by_arm(reference)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_coordinator(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from quantwm.study import run_study; from quantwm.study.executors import Local;"
+        "from study_support import point_spec, study;"
+        "run_study(**study(point_spec(episodes=4096)), out=sys.argv[2], executor=Local(2))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    coordinator = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (claims := list(tmp_path.glob("claims/*.claim"))):
+        assert coordinator.poll() is None
+        time.sleep(0.05)
+    pid = json.loads(claims[0].read_text())["pid"]
+    assert pid != coordinator.pid
+    coordinator.kill()
+    coordinator.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_worker_waits_for_what_another_computes(tmp_path, reference):

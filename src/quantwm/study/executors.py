@@ -8,6 +8,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -247,8 +248,16 @@ def batches(names: Sequence[str], prepared: Prepared, minutes: float) -> list[tu
 
 
 def _worker(job: Job) -> None:
-    """What a process of `Local` runs."""
+    """What a process of `Local` runs; it ends with the process that started it, even if killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     work(job)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _bar(progress: StudyProgress | None, label: str) -> Callable[[int, int], None]:
