@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMError, UsageError
 from quantwm.study import run_study
 from quantwm.study.claims import Claims
-from quantwm.study.executors import Local, Slurm, batches
+from quantwm.study.executors import Local, Slurm, _on_device, batches
 from quantwm.study.prepare import prepare
 from quantwm.study.status import study_status
 from quantwm.study.worker import Job, job_of, work
@@ -229,6 +230,28 @@ def test_workers_join_a_started_study(tmp_path, reference, monkeypatch):
     other = replace(job, version=job.version | {"quantwm": "9.9"})
     with pytest.raises(MismatchError, match=r"quantwm 9\.9 there"):
         work(other)
+
+
+def test_a_worker_of_another_configuration_is_refused(tmp_path):
+    run_study(**study(point_spec(arms=["float"])), out=tmp_path)
+    other = point_spec(arms=["float"], threads=2)
+    with pytest.raises(MismatchError, match="threads: the folder has 1, this study 2"):
+        work(Job(other, tmp_path, None, PointModel(), PointTask()))
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+
+
+def test_each_worker_gets_a_gpu_unless_the_study_names_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    prepared = prepare(**study())
+    job = Job(prepared.spec, Path("nowhere"))
+    devices = [
+        [
+            _on_device(job, replace(prepared, device=torch.device(name)), i).spec.device
+            for i in range(3)
+        ]
+        for name in ("cpu", "cuda", "cuda:1")
+    ]
+    assert devices == [["cpu"] * 3, ["cuda:0", "cuda:1", "cuda:0"], ["cuda:1"] * 3]
 
 
 def test_a_worker_heeds_the_gate(tmp_path):

@@ -66,7 +66,7 @@ class InProcess:
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
     ) -> None:
         """Work through the job, showing each arm's progress."""
-        work(job, prepared=prepared, progress=progress, on_cell=lambda: watch() and None)
+        work(job, prepared=prepared, progress=progress, on_cell=watch)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ class Local:
         Raises:
             QuantWMError: workers are killed again and again without finishing anything.
         """
-        folder = ResultsFolder(job.folder)
         context = multiprocessing.get_context("spawn")
         kills, finished = 0, 0
         show = _bar(progress, f"{self.workers} workers")
@@ -111,7 +110,8 @@ class Local:
         try:
             while running:
                 time.sleep(min(job.poll, 0.2))
-                show(*watch())
+                done, total = watch()
+                show(done, total)
                 for index, process in list(running.items()):
                     if process.exitcode is None:
                         continue
@@ -121,7 +121,6 @@ class Local:
                     logger.warning("worker %d stopped with code %d", index, process.exitcode)
                     if process.exitcode > 0:
                         continue  # it said why
-                    done = sum(not _is_open(name, prepared, folder) for name in prepared.cells)
                     kills = kills + 1 if done == finished else 1
                     finished = done
                     if kills > KILLS:
@@ -269,10 +268,12 @@ def _bar(progress: StudyProgress | None, label: str) -> Callable[[int, int], Non
 
 
 def _on_device(job: Job, prepared: Prepared, index: int) -> Job:
-    """The job with the GPU of a worker, where there are several."""
-    if prepared.device.type != "cuda" or prepared.device.index is not None:
+    """The job with the GPU of a worker: the one that the study names, else the next in turn."""
+    if prepared.device.type != "cuda":
         return job
-    gpu = index % max(1, torch.cuda.device_count())
+    gpu = prepared.device.index
+    if gpu is None:
+        gpu = index % max(1, torch.cuda.device_count())
     return replace(job, spec=replace(job.spec, device=f"cuda:{gpu}"))
 
 

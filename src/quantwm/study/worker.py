@@ -12,7 +12,7 @@ from quantwm.errors import MismatchError
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import HEARTBEAT, STALE, Claims
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, prepare
+from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import CellWork, StudyProgress
@@ -39,7 +39,7 @@ class Job:
     Attributes:
         spec: the study, resolved.
         folder: its results folder, on a drive that all workers share.
-        arms: whose cells to compute, in this order; None for all.
+        arms: whose cells to compute; None for all.
         world_model, task, planner: in place of those that the study names.
         version: of the quantwm that wrote the job.
         heartbeat, stale, poll: seconds, as in `claims` and `POLL`.
@@ -86,7 +86,7 @@ def work(
     *,
     prepared: Prepared | None = None,
     progress: StudyProgress | None = None,
-    on_cell: Callable[[], None] | None = None,
+    on_cell: Callable[[], object] | None = None,
 ) -> None:
     """Compute what is left of a job, sharing it with all other workers of its folder.
 
@@ -99,13 +99,15 @@ def work(
         on_cell: called after each cell that this worker is through with.
 
     Raises:
-        MismatchError: this is not the quantwm that wrote the job.
+        MismatchError: this is not the quantwm that wrote the job, or the folder holds the results
+            of another configuration, such as of another kind of device.
         GateError: the float arm fails, so that the others would be compared with nothing.
         QuantWMError: the folder cannot be written.
     """
     check_version(job)
     prepared = prepared or job.prepared()
     folder = ResultsFolder(job.folder)
+    check_folder(prepared, folder)
     claims = Claims(folder.claims, heartbeat=job.heartbeat, stale=job.stale)
     worker = CellWork(prepared, folder, claims, progress)
     left = [name for name in prepared.order if job.arms is None or name in job.arms]
@@ -142,14 +144,18 @@ def _first_possible(
     left: Sequence[str], prepared: Prepared, folder: ResultsFolder, worker: CellWork
 ) -> str | None:
     """The first arm whose cell is there, has failed, or could be computed now."""
+    gate_open: bool | None = None
     for name in left:
         cell = prepared.cells[name]
         if folder.cell_path(cell.id).exists() and folder.load_cell(cell.id) is not None:
             return name
         if folder.load_failure(cell.id) is not None:
             return name
-        if cell.kind == "quantized" and not gate_of(prepared, folder):
-            continue
+        if cell.kind == "quantized":
+            if gate_open is None:
+                gate_open = gate_of(prepared, folder)
+            if not gate_open:
+                continue
         if worker.attempt(name):
             return name
     return None
