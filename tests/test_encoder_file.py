@@ -210,9 +210,9 @@ def test_missing_foreign_and_misshapen_tensors_are_listed(tmp_path):
     with pytest.raises(MismatchError) as caught:
         read_encoder(write(tmp_path / "a.pth", state), TINY)
     message = str(caught.value)
-    assert "blocks.0.ls1.gamma is missing" in message
-    assert "head.weight belongs to no DINOv2 encoder" in message
-    assert "pos_embed has shape (1, 17, 24), not (1, 1370, 24)" in message
+    assert "missing: blocks.0.ls1.gamma" in message
+    assert "unexpected: head.weight" in message
+    assert "pos_embed: shape (1, 17, 24), the model has (1, 1370, 24)" in message
     assert "3 differences" in message
 
 

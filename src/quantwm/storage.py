@@ -62,6 +62,17 @@ def restore(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str
     }
 
 
+def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names and shapes in which tensors differ from a model's own, a line each."""
+    problems = [f"missing: {name}" for name in own if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in own]
+    return problems + [
+        f"{name}: shape {tuple(tensors[name].shape)}, the model has {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+
+
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of a module's parameters and persistent buffers.
 
@@ -72,13 +83,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         MismatchError: names or shapes differ from the module's; the message lists them.
     """
     own = module.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name}: shape {tuple(tensors[name].shape)}, the model has {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    problems = differences(own, tensors)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems[:20])
         raise MismatchError(

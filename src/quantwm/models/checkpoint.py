@@ -93,7 +93,7 @@ def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = Fa
     """
     state = dict(world_model.state_dict())
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    bundled = world_model.config.encoder == EncoderConfig() and _same(
+    bundled = world_model.config.encoder == EncoderConfig() and same_tensors(
         encoder, bundled_encoder_state()
     )
     if half:
@@ -130,5 +130,6 @@ def load_world_model(folder: str | Path) -> DINOWM:
     return world_model.eval()
 
 
-def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same names and values."""
     return a.keys() == b.keys() and all(torch.equal(a[k].cpu().float(), b[k]) for k in a)

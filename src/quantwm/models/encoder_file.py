@@ -20,6 +20,7 @@ from torch import Tensor
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError, UsageError
 from quantwm.models.dino_wm import EncoderConfig
 from quantwm.models.dinov2 import DINOv2
+from quantwm.storage import differences
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names that weights have in a folder of Hugging Face's, the preferred one first."""
@@ -287,13 +288,7 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], config: EncoderCo
             patch_size=config.patch_size,
             pretrained_grid=config.pretrained_grid,
         ).state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} belongs to no DINOv2 encoder" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    problems = differences(own, tensors)
     if problems:
         listed = "; ".join(problems[:5])
         size = _size_name(config.width, config.depth)

@@ -26,7 +26,12 @@ from torch import Tensor
 
 from quantwm.errors import CorruptFileError, QuantWMError, UsageError, unknown_name
 from quantwm.files import atomic_path, sha256_file
-from quantwm.models.checkpoint import BUNDLED_ENCODER, ENCODER_SHA256, bundled_encoder_state
+from quantwm.models.checkpoint import (
+    BUNDLED_ENCODER,
+    ENCODER_SHA256,
+    bundled_encoder_state,
+    same_tensors,
+)
 from quantwm.models.dino_wm import EncoderConfig
 from quantwm.models.encoder_file import FOLDER_FILES, config_of, read_encoder
 
@@ -246,11 +251,7 @@ def encoder_sha256(state: dict[str, Tensor]) -> str:
 
     The encoder in the package has the checksum of its file, by which earlier caches know it.
     """
-    bundled = bundled_encoder_state()
-    if state.keys() == bundled.keys() and all(
-        state[name].shape == value.shape and torch.equal(state[name].cpu().float(), value)
-        for name, value in bundled.items()
-    ):
+    if same_tensors(state, bundled_encoder_state()):
         return ENCODER_SHA256
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
