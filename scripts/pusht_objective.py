@@ -15,7 +15,7 @@ import torch
 
 from quantwm.envs import get_task
 from quantwm.models.checkpoint import new_world_model
-from quantwm.models.dino_wm import DINOWMConfig
+from quantwm.models.config import DINOWMConfig
 from quantwm.seeds import episode_seeds, keyed_generator
 
 STEPS = np.array([0.0, 5, 10, 20, 40, 80])

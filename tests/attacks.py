@@ -19,6 +19,7 @@ from attack_programs import archive, program, programs, tensors
 from checkpoint_support import parts, saved, settings, write_folder
 
 _ALLOWED_BYTES = 2**29
+VQVAE = "models.vqvae.VQVAE"
 _WATCHED = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class"}
 
 
@@ -188,7 +189,18 @@ def yamls():
         "num_pred": ({"num_pred": 2}, "num_pred must be 1"),
         "task": ({"env__name": "deformable_env"}, "point_maze, pusht, wall"),
         "other_encoder": ({"encoder__name": "dinov2_vitb14"}, "dinov2_vitb14"),
-        "class_token": ({"encoder__feature_key": "x_norm_clstoken"}, "x_norm_clstoken"),
+        "class_token": (
+            {"encoder__feature_key": "x_norm_clstoken"},
+            "pos_embedding: (1, 4, 404), the settings make (1, 1, 404)",
+        ),
+        "other_decoder": (
+            {"has_decoder": True, "decoder": {"_target_": "os.system"}},
+            "the decoder is os.system",
+        ),
+        "huge_decoder": (
+            {"has_decoder": True, "decoder": {"_target_": VQVAE, "channel": 10**9}},
+            "decoder.channel must be a whole number",
+        ),
         "r3m": ({"encoder": {"_target_": "models.encoder.r3m.load_r3m"}}, "load_r3m"),
         "dummy_action": (
             {"action_encoder___target_": "models.dummy.DummyRepeatActionEncoder"},
@@ -201,6 +213,17 @@ def yamls():
     return texts | {
         f"settings_{key}": (yaml.safe_dump(settings(**change)), message)
         for key, (change, message) in changes.items()
+    }
+
+
+def decoders():
+    """Checkpoints whose settings have a decoder, and what their file has of it."""
+    one = torch.zeros(1)
+    return {
+        "without_tensors": ({}, "its decoder holds no tensors"),
+        "of_text": ({"dec.blocks.0.weight": "weights"}, "not only tensors"),
+        "incomplete": ({"dec.blocks.0.weight": one}, "missing: decoder.upsample_b.blocks"),
+        "list": ([one], "its decoder is no module, but a list"),
     }
 
 
@@ -227,6 +250,12 @@ def write_all(folder, canary):
     for key, (content, message) in yamls().items():
         write_folder(folder / key, good, content)
         messages[key] = message
+    large = settings(has_decoder=True, decoder={"_target_": VQVAE, "channel": 9000})
+    for key, (part, message) in decoders().items():
+        write_folder(
+            folder / f"decoder_{key}", saved(parts() | {"decoder": part}), yaml.safe_dump(large)
+        )
+        messages[f"decoder_{key}"] = message
     return messages
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 
 
 def tiny_config(**changes):

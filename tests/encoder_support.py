@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from quantwm.models.dino_wm import EncoderConfig
+from quantwm.models.config import EncoderConfig
 from quantwm.models.dinov2 import DINOv2
 
 ENCODER_SIDES = (98, 196, 224)

@@ -32,7 +32,8 @@ from test_cli import run
 from test_dino_wm_data import write_point_maze, write_wall
 
 FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
-CASES = ["concat0_hist1", "concat0_hist3", "concat1_hist1", "concat1_hist3"]
+CASES = ["concat0_hist1", "concat0_hist3", "concat1_hist1", "concat1_hist3", "class_token"]
+WITH_PICTURES = {"concat1_hist3": "vqvae", "class_token": "transposed_conv"}
 TOLERANCE = 1e-5
 STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 
@@ -103,6 +104,52 @@ def test_latents_rollouts_and_costs_are_those_of_the_public_code(loaded):
     for mode in ("last", "all"):
         objective = Objective({"visual": 1.0, "proprio": 0.5}, mode=mode, base=2.0)
         assert_close(objective(rolled, goal)[0], arrays[f"cost/{mode}/0"], f"cost {mode}")
+
+
+def test_decoders_draw_the_pictures_of_the_public_code(loaded):
+    case, model, _ = loaded
+    assert (model.decoder is not None) == (case in WITH_PICTURES)
+    if case not in WITH_PICTURES:
+        with pytest.raises(UsageError, match="no decoder"):
+            model.decode(torch.zeros(1, 1, 1, 384))
+        return
+    assert model.config.decoder.kind == WITH_PICTURES[case]
+    arrays = expected(case)
+    theirs = arrays["decode"]
+    with torch.no_grad():
+        assert_close(model.decoder(arrays["encode/visual"][0]), theirs[0], "pictures")
+    frames = model.decode(arrays["encode/visual"], side=theirs.shape[-1])
+    assert frames.shape == (*theirs.shape[:2], theirs.shape[-1], theirs.shape[-1], 3)
+    exact = ((theirs.clamp(-1, 1) + 1) * 127.5).movedim(2, -1)
+    assert (frames.float() - exact).abs().max() <= 0.51
+    assert model.decode(arrays["encode/visual"]).shape[-2] == 224
+
+
+def test_a_decoder_survives_saving_and_is_no_part_of_what_is_quantized(tmp_path):
+    stats = write_statistics("concat1_hist3", tmp_path / "stats.json")
+    model = qwm.load(unpack("concat1_hist3", tmp_path / "run"), stats=stats)
+    latent = expected("concat1_hist3")["encode/visual"]
+    qwm.save(model, tmp_path / "copy")
+    assert torch.equal(qwm.load(tmp_path / "copy").decode(latent), model.decode(latent))
+    small = qwm.quantize(model, qwm.QuantPlan.parse("w4"), None)
+    assert torch.equal(small.decode(latent), model.decode(latent))
+    qwm.save(small, tmp_path / "small")
+    assert torch.equal(qwm.load(tmp_path / "small").decode(latent), model.decode(latent))
+
+
+def test_a_decoder_of_another_width_than_the_settings_is_refused(tmp_path):
+    folder = unpack("concat1_hist3", tmp_path / "run")
+    hydra = yaml.safe_load((folder / "hydra.yaml").read_text())
+    hydra["decoder"]["n_res_channel"] = 5
+    (folder / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    with pytest.raises(CorruptFileError, match=r"decoder\.\S+: \(4, 4, 3, 3\), .* make \(5"):
+        qwm.load(folder)
+
+
+def test_a_decoder_that_cannot_draw_its_models_latents_is_left_out_with_a_word(tmp_path, caplog):
+    model = qwm.load(unpack("concat0_hist1", tmp_path / "run"))
+    assert model.config.decoder is None
+    assert "takes one token a frame, its latents have 4" in caplog.text
 
 
 def test_settings_of_the_run_become_the_models(loaded):

@@ -20,7 +20,7 @@ from encoder_support import (
 )
 from quantwm.errors import CorruptFileError, MismatchError, UsageError
 from quantwm.models.checkpoint import ENCODER_SHA256, bundled_encoder_state
-from quantwm.models.dino_wm import EncoderConfig
+from quantwm.models.config import EncoderConfig
 from quantwm.models.dinov2 import vit_base, vit_small
 from quantwm.models.encoder_file import config_of, read_encoder, to_meta_names
 from quantwm.models.encoder_weights import encoder_sha256, find_encoder, open_encoder

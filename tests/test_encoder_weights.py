@@ -34,7 +34,7 @@ from quantwm.models.checkpoint import (
     new_world_model,
     save_world_model,
 )
-from quantwm.models.dino_wm import DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, EncoderConfig, PredictorConfig
 from quantwm.models.dinov2 import DINOv2, vit_small
 from quantwm.models.encoder_weights import (
     RELEASES,

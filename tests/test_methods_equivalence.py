@@ -9,7 +9,7 @@ from quantwm.calibration import Calibration
 from quantwm.fingerprint import model_hash
 from quantwm.methods import transformed
 from quantwm.models.checkpoint import new_world_model
-from quantwm.models.dino_wm import DINOWMConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, PredictorConfig
 from quantwm.quant import QuantPlan
 
 COMPACT = {

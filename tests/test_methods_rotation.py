@@ -15,7 +15,8 @@ from quantwm.fingerprint import model_hash
 from quantwm.methods import get_method, quantize, transformed
 from quantwm.methods.rotation import Rotation
 from quantwm.models.checkpoint import new_world_model
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.planning.objective import Objective
 from quantwm.planning.rollout import Rollouts
 from quantwm.protocols import HasResidualStreams, WorldModel

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import quantwm.models
 from encoder_support import ENCODER_SIDES, seeded_images, seeded_state, shapes_of
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.models.dinov2 import DINOv2, vit_base, vit_small
 from quantwm.models.predictor import Predictor, reference_state_dict
 from quantwm.planning.objective import Objective

@@ -15,8 +15,10 @@ from quantwm.data.sources import Split, rendered
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
 from quantwm.envs import Wall, get_task
 from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DecoderConfig, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.training.batches import Windows
+from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import initialize, trainable
 from quantwm.training.loss import validate, window_loss
 from quantwm.training.train import TrainingSettings, train
@@ -316,3 +318,67 @@ def test_the_loss_can_weigh_proprioception_as_the_objective_does(windows, concat
         assert found == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UsageError, match="must not be negative"):
         TrainingSettings(proprio_weight=-1.0)
+
+
+def with_decoder(seed=0):
+    decoder = DecoderConfig(channel=8, n_res_block=1, n_res_channel=4)
+    return model(seed, decoder=decoder)
+
+
+def trained_decoder(windows, data, folder, steps):
+    """A model and its decoder's validation errors."""
+    world_model = with_decoder()
+    split = {name: split_of(data.load(name)) for name in ("train", "validation")}
+    pictured = {name: (windows[name], Frames(world_model, split[name])) for name in split}
+    settings = DecoderSettings(steps, batch_size=8, learning_rate=3e-3, checkpoint_every=10)
+    train_decoder(world_model, *pictured["train"], pictured["validation"], folder, settings)
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    return world_model, [point["validation"] for point in curve]
+
+
+def test_a_decoder_learns_to_draw_and_changes_nothing_else(windows, data, tmp_path):
+    before = {k: v.clone() for k, v in with_decoder().state_dict().items()}
+    world_model, errors = trained_decoder(windows, data, tmp_path, 60)
+    assert errors[-1] < 0.5 * errors[0]
+    changed = {k for k, v in world_model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
+    latent = torch.from_numpy(windows["validation"].latents[:3].astype(np.float32))
+    assert world_model.decode(latent[:, None]).shape == (3, 1, 224, 224, 3)
+
+
+def test_a_decoders_training_resumes_bit_for_bit(windows, data, tmp_path):
+    whole, _ = trained_decoder(windows, data, tmp_path / "whole", 20)
+    world_model = with_decoder()
+    split = split_of(data.load("train"))
+    pictured = (windows["train"], Frames(world_model, split))
+    settings = DecoderSettings(20, batch_size=8, learning_rate=3e-3, checkpoint_every=10)
+
+    def stop(step, total, figures):
+        if step == 15:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(world_model, *pictured, pictured, folder, settings, report=stop)
+    again = with_decoder()
+    seen = []
+    train_decoder(
+        again, *pictured, pictured, folder, settings, report=lambda step, *_: seen.append(step)
+    )
+    assert seen == list(range(11, 21))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    with pytest.raises(MismatchError):
+        train_decoder(again, *pictured, pictured, folder, replace(settings, seed=1))
+
+
+def test_a_decoder_can_be_asked_for_once_training_is_finished(windows, tmp_path):
+    plain, later = model(), with_decoder()
+    initialize(plain, windows["train"], 0)
+    train(plain, windows["train"], windows["validation"], tmp_path, SETTINGS)
+    before = (tmp_path / "curve.jsonl").read_text()
+    trained = train(later, windows["train"], windows["validation"], tmp_path, SETTINGS)
+    assert (tmp_path / "curve.jsonl").read_text() == before
+    for name, value in plain.predictor.state_dict().items():
+        assert torch.equal(value, trained.predictor.state_dict()[name])

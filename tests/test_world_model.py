@@ -11,7 +11,8 @@ from quantwm import loading
 from quantwm.errors import CorruptFileError, MissingStatisticsError, UsageError
 from quantwm.models import checkpoint
 from quantwm.models.checkpoint import load_world_model, save_world_model
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, PredictorConfig
+from quantwm.models.config import DINOWMConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 
 
 @torch.no_grad()

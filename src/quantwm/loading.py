@@ -15,7 +15,8 @@ from quantwm.envs import get_task
 from quantwm.errors import UsageError, unknown_name
 from quantwm.models import checkpoint
 from quantwm.models.bundled import bundled_folder, bundled_names
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig
+from quantwm.models.config import DINOWMConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.models.dino_wm_checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from quantwm.protocols import ActionSpec
 from quantwm.quant import artifact

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quantwm.bench.variants import timed
 from quantwm.compute import dtype_name, peak_memory_mb
 from quantwm.models.attention import blocked_attention
-from quantwm.models.dino_wm import DINOWMConfig
+from quantwm.models.config import DINOWMConfig
 from quantwm.planning.workers import Workers
 from quantwm.study.environment import environment
 

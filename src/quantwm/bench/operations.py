@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from quantwm.models.dino_wm import DINOWMConfig
+from quantwm.models.config import DINOWMConfig
 
 _RGB = 3
 _MLP_RATIO = 4

@@ -14,7 +14,8 @@ from quantwm.errors import UsageError, unknown_name
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.models.checkpoint import new_world_model
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig
+from quantwm.models.config import DINOWMConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.protocols import Observation
 from quantwm.seeds import episode_seeds, keyed_generator
 

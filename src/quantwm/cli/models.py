@@ -66,12 +66,17 @@ def train(
         float | None,
         typer.Option(help="Of proprioception's own error in the loss; default: as DINO-WM."),
     ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Train a decoder of pictures as well: vqvae.")
+    ] = None,
+    decoder_steps: Annotated[int, typer.Option(help="Optimiser steps of the decoder.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of initialisation and shuffling.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Train a world model's predictor. Run again to continue after an interruption."""
     with exit_codes("The last checkpoint is kept: run the same command to go on."):
         from quantwm.envs import get_task
+        from quantwm.training.decoder import DecoderSettings
         from quantwm.training.pipeline import MODEL_FOLDER, train_task
         from quantwm.training.train import TrainingSettings
 
@@ -103,6 +108,12 @@ def train(
                         highlight=False,
                     )
 
+            drawing = progress.add_task("decoder", total=decoder_steps, note="", visible=False)
+
+            def drawn(step: int, total: int, figures: dict[str, float]) -> None:
+                note = f"loss {figures['loss']:.4f}"
+                progress.update(drawing, completed=step, total=total, note=note, visible=True)
+
             train_task(
                 get_task(task),
                 data,
@@ -112,10 +123,13 @@ def train(
                 scale=scale,
                 encoder=encoder,
                 download=download,
+                decoder=decoder,
+                decoder_settings=DecoderSettings(steps=decoder_steps, seed=seed),
                 device=device,
                 downloading=fetched,
                 encoding=counter(progress, "encode frames"),
                 report=report,
+                decoder_report=drawn,
             )
         out.print(f"world model in {out_folder / MODEL_FOLDER}")
 

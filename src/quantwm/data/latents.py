@@ -23,6 +23,8 @@ from quantwm.files import write_json
 from quantwm.models.dino_wm import DINOWM
 
 _BATCH = 64
+_CPU_TOKENS = 2048
+"""Patches that a CPU encodes at once: more fall out of its caches, a quarter slower."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,14 @@ def encode_split(
 
 
 def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:
-    images = world_model.preprocess(visual)
-    with torch.inference_mode(), fast_products(images.device):
-        return world_model.encode_images(images).half()
+    size = len(visual)
+    if world_model.device.type == "cpu":
+        config = world_model.config
+        patches = (config.image_size // config.encoder.patch_size) ** 2
+        size = max(1, _CPU_TOKENS // patches)
+    with torch.inference_mode(), fast_products(world_model.device):
+        parts = [
+            world_model.encode_images(world_model.preprocess(visual[begin : begin + size])).half()
+            for begin in range(0, len(visual), size)
+        ]
+    return torch.cat(parts)

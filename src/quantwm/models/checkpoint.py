@@ -16,7 +16,8 @@ from torch import Tensor
 
 from quantwm import storage
 from quantwm.errors import CorruptFileError, MismatchError, UsageError
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig
+from quantwm.models.config import DINOWMConfig, EncoderConfig
+from quantwm.models.dino_wm import DINOWM
 
 FORMAT = "quantwm-world-model"
 FORMAT_VERSION = 1

@@ -2,176 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import UsageError
+from quantwm.models.config import DINOWMConfig
+from quantwm.models.decoder import new_decoder, pictures
 from quantwm.models.dinov2 import DINOv2
 from quantwm.models.predictor import Predictor, Window
 from quantwm.protocols import ActionSpec, Latent, LinearGroup, Observation, ResidualStream
 
-Numbers = tuple[float, ...]
 _TOKENS_A_CHUNK = 800
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Size of the DINOv2 encoder; the default is ViT-S/14."""
-
-    depth: int = 12
-    width: int = 384
-    heads: int = 6
-    patch_size: int = 14
-    pretrained_grid: int = 37
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """Size of the predictor's transformer; the default is DINO-WM's."""
-
-    depth: int = 6
-    heads: int = 16
-    head_dim: int = 64
-    mlp_width: int = 2048
-    dropout: float = 0.1
-
-
-@dataclass(frozen=True)
-class DINOWMConfig:
-    """Everything that planning needs besides the weights.
-
-    Attributes:
-        task: the task it was trained on.
-        action_dim, proprio_dim: raw widths.
-        image_size: side the encoder sees; a multiple of its patch size (196 in DINO-WM).
-        frame_size: side that frames are resized to before that; None: they are taken as they are.
-        token_pool: patch tokens are averaged over squares of this side; 1, as in DINO-WM, leaves
-            them. Small objects need a large image, and a cheap predictor few tokens.
-        num_hist: frames the predictor sees.
-        concat_dim: 1 appends the embeddings to every patch token, 0 adds two tokens a frame.
-        frameskip: raw actions in one model action.
-        action_emb_dim, proprio_emb_dim: widths of the embeddings; the encoder's width where
-            `concat_dim` is 0.
-        num_action_repeat, num_proprio_repeat: how often an embedding is repeated along the token.
-        proprio_weight: α of the objective MSE(visual) + α·MSE(proprio).
-        action_mean, action_std, proprio_mean, proprio_std: statistics of the training data, or
-            None: such a model encodes and predicts but cannot plan.
-    """
-
-    task: str
-    action_dim: int
-    proprio_dim: int
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    image_size: int = 196
-    frame_size: int | None = None
-    token_pool: int = 1
-    num_hist: int = 3
-    concat_dim: int = 1
-    frameskip: int = 5
-    action_emb_dim: int = 10
-    proprio_emb_dim: int = 10
-    num_action_repeat: int = 1
-    num_proprio_repeat: int = 1
-    proprio_weight: float = 1.0
-    action_mean: Numbers | None = None
-    action_std: Numbers | None = None
-    proprio_mean: Numbers | None = None
-    proprio_std: Numbers | None = None
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.concat_dim not in (0, 1):
-            problems.append(f"concat_dim must be 0 or 1, got {self.concat_dim}")
-        if self.image_size % self.encoder.patch_size:
-            patch = self.encoder.patch_size
-            problems.append(f"image_size {self.image_size} is no multiple of the patch {patch}")
-        elif self.token_pool < 1 or self._grid % self.token_pool:
-            problems.append(
-                f"token_pool {self.token_pool} does not divide the grid of {self._grid} patches"
-            )
-        if self.num_hist < 1 or self.frameskip < 1:
-            problems.append("num_hist and frameskip must be at least 1")
-        if self.concat_dim == 0:
-            for name in ("action_emb_dim", "proprio_emb_dim"):
-                if getattr(self, name) != self.encoder.width:
-                    problems.append(f"concat_dim 0 needs {name} = {self.encoder.width}")
-        for name, width in (("action", self.action_dim), ("proprio", self.proprio_dim)):
-            for statistic in ("mean", "std"):
-                values = getattr(self, f"{name}_{statistic}")
-                if values is not None and len(values) != width:
-                    problems.append(f"{name}_{statistic} needs {width} values, got {len(values)}")
-                if values is not None and statistic == "std" and min(values) <= 0:
-                    problems.append(f"{name}_std must be positive, got {values}")
-        if problems:
-            raise UsageError("invalid DINO-WM configuration: " + "; ".join(problems))
-
-    @property
-    def _grid(self) -> int:
-        return self.image_size // self.encoder.patch_size
-
-    @property
-    def image_patches(self) -> int:
-        """Patch tokens that the encoder computes for a frame."""
-        return self._grid**2
-
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens of a frame's latent, once they are pooled."""
-        return (self._grid // self.token_pool) ** 2
-
-    @property
-    def frame_tokens(self) -> int:
-        """Tokens a frame in the predictor: patches, and two more where `concat_dim` is 0."""
-        return self.num_patches + (2 if self.concat_dim == 0 else 0)
-
-    @property
-    def token_width(self) -> int:
-        """Width of a predictor token (404 in DINO-WM)."""
-        return self.encoder.width + self.concat_dim * (self.proprio_width + self.action_width)
-
-    @property
-    def proprio_width(self) -> int:
-        """Width that the repeated proprio embedding takes in a token."""
-        return self.proprio_emb_dim * self.num_proprio_repeat
-
-    @property
-    def action_width(self) -> int:
-        """Width that the repeated action embedding takes in a token."""
-        return self.action_emb_dim * self.num_action_repeat
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; `from_dict` reads them back."""
-        values = cast(dict[str, Any], _jsonable(asdict(self)))
-        # Left out where it says nothing, so that files and hashes stay what they were without it.
-        silent = {"frame_size": None, "token_pool": 1}
-        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DINOWMConfig":
-        """Build from `to_dict`'s output.
-
-        Raises:
-            UsageError: an unknown or missing key, or values that contradict each other.
-        """
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown_name("world-model setting", name, known)
-        converted: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        try:
-            for name, kind in (("encoder", EncoderConfig), ("predictor", PredictorConfig)):
-                if isinstance(converted.get(name), Mapping):
-                    converted[name] = kind(**converted[name])
-            return cls(**converted)
-        except TypeError as error:
-            raise UsageError(f"invalid DINO-WM configuration: {error}") from error
 
 
 class DINOWM(nn.Module):
@@ -199,6 +43,9 @@ class DINOWM(nn.Module):
             p.head_dim,
             p.mlp_width,
             p.dropout,
+        )
+        self.decoder = (
+            None if config.decoder is None else new_decoder(config.encoder.width, config.decoder)
         )
         self.action_spec = ActionSpec(
             config.action_dim, config.frameskip, config.action_mean, config.action_std
@@ -261,7 +108,9 @@ class DINOWM(nn.Module):
         return {"visual": visual, "proprio": self.embed_proprio(proprio)}
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encoder input (B, 3, S, S) → the latent's patch tokens (B, P, D)."""
+        """Encoder input (B, 3, S, S) → the latent's tokens (B, P, D)."""
+        if self.config.feature == "cls":
+            return self.encoder.tokens(images)[:, :1]
         tokens = cast(Tensor, self.encoder(images))
         pool = self.config.token_pool
         if pool == 1:
@@ -269,6 +118,21 @@ class DINOWM(nn.Module):
         side = self.config.image_size // self.config.encoder.patch_size
         grid = tokens.view(len(tokens), side // pool, pool, side // pool, pool, tokens.shape[-1])
         return grid.mean((2, 4)).flatten(1, 2)
+
+    @torch.no_grad()
+    def decode(self, visual: Tensor, side: int = 224) -> Tensor:
+        """Pictures of a latent's visual part (..., P, D): frames (..., side, side, 3) uint8.
+
+        Raises:
+            UsageError: the model has no decoder.
+        """
+        if self.decoder is None:
+            raise UsageError(
+                "this world model has no decoder, hence no pictures of latents: train one with "
+                "`quantwm train TASK --decoder vqvae`"
+            )
+        images = self.decoder(visual.flatten(0, -3).to(self.device, self.dtype))
+        return pictures(images.view(*visual.shape[:-2], *images.shape[1:]), side)
 
     def normalize_proprio(self, proprio: Tensor) -> Tensor:
         """Raw proprioception (..., P) → normalised float32 on the model's device."""
@@ -415,11 +279,3 @@ class DINOWM(nn.Module):
 def _embed(conv: nn.Conv1d, values: Tensor) -> Tensor:
     # A kernel of one is a linear map; F.linear spares two transposes and is the faster kernel.
     return F.linear(values, conv.weight[:, :, 0], conv.bias)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_jsonable(item) for item in value]
-    return value

@@ -1,9 +1,10 @@
 """World models that DINO-WM's public code saved: a folder with `hydra.yaml` and `checkpoints/`.
 
 A checkpoint holds whole modules. They are read as data (`safe_pickle`), their tensors are matched
-with what `hydra.yaml` describes, and only then read. Decoders and optimizers stay in the file.
+with what `hydra.yaml` describes, and only then read. Optimizers stay in the file.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from torch import Tensor
 from quantwm import storage
 from quantwm.errors import CorruptFileError, UsageError
 from quantwm.models.checkpoint import bundled_encoder_state, skeleton
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig
+from quantwm.models.config import DecoderConfig, DINOWMConfig
+from quantwm.models.decoder import reference_state_dict as decoder_state_dict
+from quantwm.models.dino_wm import DINOWM
 from quantwm.models.hydra_settings import PROPRIO_WEIGHTS, HydraSettings, read_settings
 from quantwm.models.predictor import reference_state_dict
 from quantwm.models.safe_pickle import Inert, TensorRef
 from quantwm.models.torch_archive import TorchArchive
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "hydra.yaml"
 CHECKPOINTS = "checkpoints"
@@ -82,8 +87,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"{path} lacks {', '.join(missing)} (it holds {_listed(root)}): it is no complete "
                 "DINO-WM checkpoint"
             )
-        references = _references(root, path, settings)
-        world_model = skeleton(_config(settings, references, path))
+        decoder = _decoder(root, settings, path)
+        references = _references(root, path, settings, decoder)
+        world_model = skeleton(_config(settings, references, decoder, path))
         _check_attention(archive, world_model.config, path)
         state = _read(archive, references, world_model, path)
     if not settings.trained_encoder:
@@ -113,7 +119,25 @@ def _weights_file(folder: Path) -> Path:
     return saved / LATEST if (saved / LATEST).is_file() else found[max(found)]
 
 
-def _references(root: Mapping[Any, Any], path: Path, settings: HydraSettings) -> Tensors:
+def _decoder(root: Mapping[Any, Any], settings: HydraSettings, path: Path) -> DecoderConfig | None:
+    """That of the file, where it has one that its model's latents fit."""
+    config = settings.decoder
+    if config is None or "decoder" not in root:
+        return None
+    if config.kind == "transposed_conv" and settings.tokens > 1:
+        # The public code saves such a pair all the same, and fails when it draws a picture.
+        logger.warning(
+            "%s: its decoder takes one token a frame, its latents have %d; it is left out",
+            path,
+            settings.tokens,
+        )
+        return None
+    return config
+
+
+def _references(
+    root: Mapping[Any, Any], path: Path, settings: HydraSettings, decoder: DecoderConfig | None
+) -> Tensors:
     """Tensors of the file under our model's names."""
     found: Tensors = {}
     for part, ours in _PARTS.items():
@@ -127,6 +151,9 @@ def _references(root: Mapping[Any, Any], path: Path, settings: HydraSettings) ->
         else:
             tensors = {k.removeprefix("patch_embed."): v for k, v in tensors.items()}
         found |= {f"{ours}.{name}": reference for name, reference in tensors.items()}
+    if decoder is not None:
+        tensors = decoder_state_dict(_tensors(root["decoder"], "decoder", path), decoder)
+        found |= {f"decoder.{name}": reference for name, reference in tensors.items()}
     if settings.trained_encoder:
         encoder = _tensors(root["encoder"], "encoder", path)
         found |= {f"encoder.{k.removeprefix('base_model.')}": v for k, v in encoder.items()}
@@ -155,6 +182,8 @@ def _walk(part: Inert, name: str, path: Path) -> list[tuple[tuple[str, ...], Any
         keys, module = open_modules.pop()
         if module is None:
             continue
+        if isinstance(module, Inert) and id(module) in seen and _is_bare(module):
+            continue
         if not isinstance(module, Inert) or id(module) in seen or len(seen) > _MAX_MODULES:
             raise CorruptFileError(f"{path}: its {name} is no tree of modules")
         seen.add(id(module))
@@ -171,6 +200,11 @@ def _walk(part: Inert, name: str, path: Path) -> list[tuple[tuple[str, ...], Any
                 elif value is not None and not (group == "_buffers" and key in hidden):
                     found.append(((*keys, key), value))
     return found
+
+
+def _is_bare(module: Inert) -> bool:
+    """Whether it holds nothing, as an activation that stands in several places."""
+    return not any(module.state.get(group) for group in ("_parameters", "_buffers", "_modules"))
 
 
 def _check_attention(archive: TorchArchive, config: DINOWMConfig, path: Path) -> None:
@@ -208,7 +242,9 @@ def _is_frame_causal(archive: TorchArchive, mask: Any, config: DINOWMConfig) -> 
     return torch.equal(archive.tensor(mask)[0, 0] != 0, frame[:, None] >= frame[None, :])
 
 
-def _config(settings: HydraSettings, references: Tensors, path: Path) -> DINOWMConfig:
+def _config(
+    settings: HydraSettings, references: Tensors, decoder: DecoderConfig | None, path: Path
+) -> DINOWMConfig:
     """Raw widths are in no setting: they follow from the embeddings' weights."""
     layers = {name.split(".")[2] for name in references if name.startswith("predictor.blocks.")}
     if len(layers) != settings.predictor.depth:
@@ -235,6 +271,7 @@ def _config(settings: HydraSettings, references: Tensors, path: Path) -> DINOWMC
         predictor=settings.predictor,
         image_size=settings.image_size,
         frame_size=settings.frame_size,
+        feature=settings.feature,
         num_hist=settings.num_hist,
         concat_dim=settings.concat_dim,
         frameskip=settings.frameskip,
@@ -243,6 +280,7 @@ def _config(settings: HydraSettings, references: Tensors, path: Path) -> DINOWMC
         num_action_repeat=settings.num_action_repeat,
         num_proprio_repeat=settings.num_proprio_repeat,
         proprio_weight=PROPRIO_WEIGHTS[settings.task],
+        decoder=decoder,
     )
 
 

@@ -73,6 +73,10 @@ class DINOv2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W), sides multiples of the patch → (B, patches, width)."""
+        return self.tokens(images)[:, 1:]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The same after the class token, `x_norm_clstoken`: (B, 1 + patches, width)."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image {height}x{width} is no multiple of patch {self.patch_size}")
@@ -82,7 +86,7 @@ class DINOv2(nn.Module):
         tokens = tokens + self.position_embedding(*grid).to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens)
-        return cast(Tensor, self.norm(tokens)[:, 1:])
+        return cast(Tensor, self.norm(tokens))
 
     def residual_stream(self, name: str) -> ResidualStream:
         """The declaration of this module's stream; `name` is the module's."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError, UsageError
-from quantwm.models.dino_wm import EncoderConfig
+from quantwm.models.config import EncoderConfig
 from quantwm.models.dinov2 import DINOv2
 from quantwm.storage import differences
 

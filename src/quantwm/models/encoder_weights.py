@@ -32,7 +32,7 @@ from quantwm.models.checkpoint import (
     bundled_encoder_state,
     same_tensors,
 )
-from quantwm.models.dino_wm import EncoderConfig
+from quantwm.models.config import EncoderConfig
 from quantwm.models.encoder_file import FOLDER_FILES, config_of, read_encoder
 
 logger = logging.getLogger(__name__)

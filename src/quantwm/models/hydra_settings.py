@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from quantwm.errors import CorruptFileError, QuantWMError, UsageError, unknown_name
-from quantwm.models.dino_wm import EncoderConfig, PredictorConfig
+from quantwm.models.config import DecoderConfig, EncoderConfig, PredictorConfig
 
 PROPRIO_WEIGHTS = {"wall": 1.0, "pusht": 1.0, "point_maze": 0.0}
 """α of the objective that the public code plans with, by task; also the tasks that are known."""
@@ -24,8 +24,16 @@ _MAX_BYTES = 256 * 1024
 _MAX_COUNT = 10_000
 _DECODER_SCALE = 16
 """The public code makes as many patches a side as a decoder of this stride makes pixels."""
+_ENCODER_KEYS = ("_target_", "name", "feature_key")
+_ENCODERS = {
+    ("models.dino.DinoV2Encoder", "dinov2_vits14", "x_norm_patchtokens"): "patch",
+    ("models.dino.DinoV2Encoder", "dinov2_vits14", "x_norm_clstoken"): "cls",
+}
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 _MISSING: Any = object()
+_VQVAE = {"channel": 128, "n_res_block": 2, "n_res_channel": 32, "n_embed": 512}
+_TRANSPOSED_CONV = {"depth": 32, "kernel_size": 5, "stride": 3}
+"""Defaults of the public classes, which a run's settings may leave out."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class HydraSettings:
         frame_size: side that frames are resized to before that; None for the rendered 224.
         num_hist, concat_dim, frameskip, action_emb_dim, proprio_emb_dim, num_action_repeat,
             num_proprio_repeat: as in `DINOWMConfig`.
+        feature: which of the encoder's tokens, as in `DINOWMConfig`.
         predictor: its shape.
+        decoder: its shape; None if the run has none.
         trained_encoder: whether the checkpoint holds an encoder of its own.
         normalize: whether actions and proprioception were normalised.
         rollouts: the run used so many trajectories of its data set; None for all.
@@ -54,10 +64,18 @@ class HydraSettings:
     proprio_emb_dim: int
     num_action_repeat: int
     num_proprio_repeat: int
+    feature: str
     predictor: PredictorConfig
+    decoder: DecoderConfig | None
     trained_encoder: bool
     normalize: bool
     rollouts: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame's latent."""
+        side = self.image_size // EncoderConfig().patch_size
+        return 1 if self.feature == "cls" else side**2
 
 
 def read_settings(path: Path) -> HydraSettings:
@@ -105,8 +123,7 @@ class _Reader:
         self._problems: list[str] = []
 
     def settings(self) -> HydraSettings:
-        task, size = self._task(), self._size()
-        self._check_encoder()
+        task, size, feature = self._task(), self._size(), self._feature()
         self._check_parts()
         if self._count("num_pred", 1) != 1:
             self._problems.append("num_pred must be 1")
@@ -127,7 +144,9 @@ class _Reader:
             image_size=size // _DECODER_SCALE * EncoderConfig().patch_size,
             frame_size=None if size == RENDERED_SIZE else size,
             concat_dim=concat_dim,
+            feature=feature,
             predictor=self._predictor(),
+            decoder=self._decoder(size),
             trained_encoder=bool(self._get("model.train_encoder", False)),
             normalize=self._normalize(task),
             rollouts=self._rollouts(),
@@ -154,18 +173,15 @@ class _Reader:
             self._problems.append(f"img_size must be at least {_DECODER_SCALE}, not {size}")
         return size
 
-    def _check_encoder(self) -> None:
-        expected = {
-            "_target_": "models.dino.DinoV2Encoder",
-            "name": "dinov2_vits14",
-            "feature_key": "x_norm_patchtokens",
-        }
-        found = {name: self._text(f"encoder.{name}", "nothing") for name in expected}
-        if found != expected:
+    def _feature(self) -> str:
+        """Which tokens of the encoder, if it is the one that quantwm has."""
+        found = tuple(self._text(f"encoder.{key}", "nothing") for key in _ENCODER_KEYS)
+        if found not in _ENCODERS:
             self._problems.append(
-                f"the encoder is {found['_target_']} ({found['name']}, {found['feature_key']}); "
-                "quantwm has models.dino.DinoV2Encoder (dinov2_vits14, x_norm_patchtokens)"
+                f"the encoder is {found[0]} ({found[1]}, {found[2]}); quantwm has "
+                "models.dino.DinoV2Encoder (dinov2_vits14, x_norm_patchtokens or x_norm_clstoken)"
             )
+        return _ENCODERS.get(found, "patch")
 
     def _check_parts(self) -> None:
         expected = {
@@ -204,6 +220,38 @@ class _Reader:
             mlp_width=self._count("predictor.mlp_dim"),
             dropout=float(dropout),
         )
+
+    def _decoder(self, size: int) -> DecoderConfig | None:
+        if self._get("has_decoder", False) is not True:
+            return None
+        target = self._text("decoder._target_")
+        if target == "models.vqvae.VQVAE":
+            names = ("channel", "n_res_block", "n_res_channel", "n_embed")
+            if self._count("decoder.in_channel", 3) != 3:
+                self._problems.append("decoder.in_channel must be 3, the colours of a picture")
+            quantize = self._get("decoder.quantize", True)
+            if type(quantize) is not bool:
+                self._problems.append("decoder.quantize must be true or false")
+            shape = {name: self._count(f"decoder.{name}", _VQVAE[name]) for name in names}
+            return DecoderConfig("vqvae", quantize=bool(quantize), **shape)
+        if target == "models.decoder.transposed_conv.TransposedConvDecoder":
+            observed = self._get("decoder.observation_shape", [3, size, size])
+            if observed != [3, size, size]:
+                self._problems.append(
+                    f"decoder.observation_shape is {_shown(observed)}; quantwm's decoders make "
+                    f"pictures of the run's size, [3, {size}, {size}]"
+                )
+            shape = {
+                name: self._count(f"decoder.{name}", default)
+                for name, default in _TRANSPOSED_CONV.items()
+            }
+            return DecoderConfig("transposed_conv", image_size=size, **shape)
+        if target:
+            self._problems.append(
+                f"the decoder is {target}; quantwm has models.vqvae.VQVAE and "
+                "models.decoder.transposed_conv.TransposedConvDecoder"
+            )
+        return None
 
     def _normalize(self, task: str) -> bool:
         scale = self._get("env.dataset.action_scale", ACTION_SCALES.get(task))
@@ -276,4 +324,6 @@ def _shown(value: Any) -> str:
     """A value for a message, never longer than a line."""
     if isinstance(value, str | float | bool) or value is None:
         return repr(value)[:80]
+    if isinstance(value, list) and len(value) <= 4 and all(type(v) is int for v in value):
+        return str(value)[:80]
     return str(value) if isinstance(value, int) and abs(value) < 10**9 else type(value).__name__

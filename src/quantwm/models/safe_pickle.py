@@ -17,22 +17,12 @@ from typing import Any, NoReturn
 import torch
 
 from quantwm.errors import CorruptFileError
+from quantwm.models.pickle_names import DATA, STORAGES, Name, is_inert
 
 MAX_BYTES = 16 * 2**20
 MAX_OPERATIONS = 500_000
 """Twenty times what a DINO-WM checkpoint has; bounds memory at a few hundred bytes each."""
 _MAX_DIMENSIONS = 8
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global that the pickle names; it is never looked up."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
 
 
 @dataclass(eq=False)
@@ -61,56 +51,6 @@ class TensorRef:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-
-def _names(module: str, *names: str) -> frozenset[Name]:
-    return frozenset(Name(module, name) for name in names)
-
-
-_STORAGES: Mapping[Name, torch.dtype] = {
-    Name("torch", f"{name}Storage"): dtype
-    for name, dtype in {
-        "Float": torch.float32,
-        "Double": torch.float64,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}
-_DATA = _names("builtins", "dict", "list", "tuple", "int", "float", "bool", "str") | _names(
-    "torch", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"
-)
-"""Names that are written as values, such as the default of a dictionary."""
-
-_INERT_CLASSES = (
-    _names("models.vit", "ViTPredictor", "Transformer", "Attention", "FeedForward")
-    | _names("models.proprio", "ProprioceptiveEmbedding")
-    | _names("models.dino", "DinoV2Encoder")
-    | _names("models.dummy", "DummyModel", "DummyRepeatActionEncoder")
-    | _names("models.vqvae", "VQVAE", "Encoder", "Decoder", "Quantize", "ResBlock")
-    | _names("models.decoder.transposed_conv", "TransposedConvDecoder", "ReshapeDecoder", "Decoder")
-    | _names("models.encoder.resnet", "ResNet", "resnet18", "resnet34", "resnet50")
-    | _names("dinov2.models.vision_transformer", "DinoVisionTransformer")
-    | _names("dinov2.layers.block", "Block", "NestedTensorBlock")
-    | _names("dinov2.layers.attention", "Attention", "MemEffAttention")
-    | _names("dinov2.layers.layer_scale", "LayerScale")
-    | _names("dinov2.layers.mlp", "Mlp")
-    | _names("dinov2.layers.patch_embed", "PatchEmbed")
-    | _names("dinov2.layers.drop_path", "DropPath")
-    | _names("torch.cuda.amp.grad_scaler", "GradScaler")
-    | _names("torch.amp.grad_scaler", "GradScaler")
-)
-_INERT_MODULES = re.compile(
-    r"torch\.nn\.modules\.[a-z_0-9]+|torch\.optim\.[a-z_0-9]+"
-    r"|accelerate\.(optimizer|scheduler|state|utils\.dataclasses)"
-)
-"""Where a training run's layers and optimizers are defined; any class of theirs may stand inert."""
-_CLASS = re.compile(r"[A-Z][A-Za-z0-9_]*")
 
 
 def parse(program: bytes, storage: Callable[[StorageRef], None], where: str) -> Any:
@@ -252,8 +192,8 @@ class _Machine:
 
     def _push_name(self, module: str, name: str) -> None:
         found = Name("builtins" if module == "__builtin__" else module, name)
-        known = found in _STORAGES or found in _DATA or found in _BUILDERS
-        if not known and not _is_inert(found):
+        known = found in STORAGES or found in DATA or found in _BUILDERS
+        if not known and not is_inert(found):
             self.refuse(f"asks for {str(found)[:200]!r}, which is no part of a DINO-WM model")
         self._stack.append(found)
 
@@ -263,7 +203,7 @@ class _Machine:
             self.refuse(f"gives a {type(args).__name__} as arguments")
         if isinstance(function, Name) and function in _BUILDERS:
             self._stack.append(_BUILDERS[function](*args))
-        elif isinstance(function, Name) and _is_inert(function):
+        elif isinstance(function, Name) and is_inert(function):
             self._stack.append(Inert(function, args))
         else:
             what = function if isinstance(function, Name) else f"a {type(function).__name__}"
@@ -271,7 +211,7 @@ class _Machine:
 
     def new_object(self, _: Any) -> None:
         args, kind = self._stack.pop(), self._stack.pop()
-        if not isinstance(kind, Name) or not _is_inert(kind) or type(args) is not tuple:
+        if not isinstance(kind, Name) or not is_inert(kind) or type(args) is not tuple:
             what = kind if isinstance(kind, Name) else f"a {type(kind).__name__}"
             self.refuse(f"makes an object of {what}")
         self._stack.append(Inert(kind, args))
@@ -293,12 +233,12 @@ class _Machine:
         if type(described) is not tuple or len(described) != 5 or described[0] != "storage":
             self.refuse("refers to something outside of it that is no tensor storage")
         _, kind, key, _, numel = described
-        if not isinstance(kind, Name) or kind not in _STORAGES:
+        if not isinstance(kind, Name) or kind not in STORAGES:
             self.refuse("has a storage of an unknown type")
         if type(key) is not str or not re.fullmatch(r"[0-9]{1,9}", key):
             self.refuse("has a storage whose key is no number")
         _check_counts((numel,), "storage size")
-        reference = StorageRef(key, _STORAGES[kind], numel)
+        reference = StorageRef(key, STORAGES[kind], numel)
         self._storage(reference)
         self._stack.append(reference)
 
@@ -308,12 +248,6 @@ def _key(value: Any) -> Any:
     if value is None or type(value) in {str, int, float, bool, bytes, TensorRef, Inert, Name}:
         return value
     raise ValueError(f"a {type(value).__name__} as a dictionary's key or in a set")
-
-
-def _is_inert(name: Name) -> bool:
-    if name in _INERT_CLASSES:
-        return True
-    return bool(_INERT_MODULES.fullmatch(name.module) and _CLASS.fullmatch(name.name))
 
 
 def _check_counts(values: tuple[Any, ...], what: str) -> None:

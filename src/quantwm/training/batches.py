@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantwm.data.latents import FrameIndex
 from quantwm.data.trajectories import Trajectories
-from quantwm.models.dino_wm import DINOWMConfig
+from quantwm.models.config import DINOWMConfig
 from quantwm.protocols import Task
 from quantwm.seeds import keyed_generator
 

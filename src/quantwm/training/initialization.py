@@ -10,8 +10,9 @@ from quantwm.training.loss import embedded_frames
 
 
 def trainable(world_model: DINOWM) -> dict[str, nn.Parameter]:
-    """The parameters that training changes: all but the encoder's."""
-    return {n: p for n, p in world_model.named_parameters() if not n.startswith("encoder.")}
+    """The parameters that training changes: all but the encoder's and a decoder's."""
+    fixed = ("encoder.", "decoder.")
+    return {n: p for n, p in world_model.named_parameters() if not n.startswith(fixed)}
 
 
 @torch.no_grad()

@@ -15,10 +15,12 @@ from quantwm.models.checkpoint import (
     new_world_model,
     save_world_model,
 )
-from quantwm.models.dino_wm import DINOWM, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.config import DecoderConfig, DINOWMConfig, EncoderConfig, PredictorConfig
+from quantwm.models.dino_wm import DINOWM
 from quantwm.models.encoder_weights import Progress, open_encoder
 from quantwm.protocols import Task
 from quantwm.training.batches import Windows
+from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import initialize
 from quantwm.training.loss import window_length
 from quantwm.training.train import Report, TrainingSettings, train
@@ -35,13 +37,17 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "num_hist": 1,
             "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
         },
+        # At 98 pixels the objective hardly sees a T that is off, or a ball: docs/tasks.md. Large
+        # images whose tokens are averaged show both, at a third of the predictor's work.
         "pusht": {
-            "image_size": 98,
+            "image_size": 224,
+            "token_pool": 4,
             "num_hist": 3,
             "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
         },
         "point_maze": {
-            "image_size": 98,
+            "image_size": 168,
+            "token_pool": 3,
             "num_hist": 3,
             "proprio_weight": 0.0,
             "predictor": PredictorConfig(2, 4, 64, 512, dropout=0.0),
@@ -59,15 +65,25 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
+DECODER_SIZES: dict[str, dict[str, Any]] = {
+    "compact": {"channel": 128, "n_res_block": 2, "n_res_channel": 32},
+    "paper": {},
+}
+"""What each scale changes of `DecoderConfig`'s defaults."""
 
 
 def model_config(
-    task: Task, statistics: Statistics, scale: str, encoder: EncoderConfig | None = None
+    task: Task,
+    statistics: Statistics,
+    scale: str,
+    encoder: EncoderConfig | None = None,
+    decoder: str | None = None,
 ) -> DINOWMConfig:
     """The configuration of a scale with the statistics of a data set.
 
     Args:
         encoder: another size than ViT-S/14; the predictor's token width follows it.
+        decoder: kind of the decoder that it gets; None for none.
 
     Raises:
         UsageError: an unknown scale, or a task that has none of that name.
@@ -81,6 +97,7 @@ def model_config(
         action_dim=task.action_dim,
         proprio_dim=task.proprio_dim,
         encoder=encoder or EncoderConfig(),
+        decoder=None if decoder is None else DecoderConfig(decoder, **DECODER_SIZES[scale]),
         **statistics.to_dict(),
         **SCALES[scale][task.name],
     )
@@ -96,23 +113,30 @@ def train_task(
     scale: str = "compact",
     encoder: str | Path = BUNDLED_ENCODER,
     download: bool = False,
+    decoder: str | None = None,
+    decoder_settings: DecoderSettings | None = None,
     device: str = "auto",
     downloading: Progress | None = None,
     encoding: Callable[[int, int], None] | None = None,
     report: Report | None = None,
+    decoder_report: Report | None = None,
 ) -> DINOWM:
     """Train a world model for a task and write it to `out`; resumable at every stage.
 
     Args:
         task: must be the one the data were collected in.
         data: a folder that `quantwm collect` wrote, or DINO-WM's own data set.
-        out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`.
+        out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`; a
+            decoder's in `decoder/`.
         cache: receives the latents; a few GB, best outside of any synchronised folder.
         scale: "compact" or "paper".
         encoder: a released encoder's name or a file of weights, see `open_encoder`.
         download: fetch the encoder's weights if this machine has none.
+        decoder: kind of decoder to train as well, for pictures of latents: "vqvae"; None for
+            none. A finished run gets one without being trained again.
+        decoder_settings: how; None for the defaults.
         device: "auto" takes a GPU where there is one.
-        downloading, encoding, report: progress of the stages.
+        downloading, encoding, report, decoder_report: progress of the stages.
 
     Raises:
         UsageError: no data there, an unknown scale, or no such encoder.
@@ -122,7 +146,7 @@ def train_task(
     """
     data_set = open_data(data, task)
     weights = open_encoder(encoder, download=download, progress=downloading)
-    config = model_config(task, data_set.statistics, scale, weights.config)
+    config = model_config(task, data_set.statistics, scale, weights.config, decoder)
     world_model = new_world_model(config, weights.state)
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
@@ -157,6 +181,18 @@ def train_task(
         encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
         report=report,
     )
+    if decoder is not None:
+        pictured = {
+            name: (windows[name], Frames(trained, data_set.splits[name])) for name in windows
+        }
+        train_decoder(
+            trained,
+            *pictured["train"],
+            pictured["validation"],
+            out / "decoder",
+            decoder_settings or DecoderSettings(),
+            report=decoder_report,
+        )
     for parameter in trained.encoder.parameters():
         parameter.requires_grad_(True)
     save_world_model(trained, out / MODEL_FOLDER, half=True)

@@ -89,10 +89,10 @@ def train(
         NonFiniteError: the loss became NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    identity: dict[str, Any] = {
-        "settings": asdict(settings),
-        "model": world_model.config.to_dict(),
-    }
+    model = world_model.config.to_dict()
+    # A decoder is trained afterwards, and may be asked for once the rest is finished.
+    model.pop("decoder", None)
+    identity: dict[str, Any] = {"settings": asdict(settings), "model": model}
     if encoder is not None:
         identity["encoder"] = encoder
     state = TrainingState(
