@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quantwm import storage
 from quantwm.calibration import Calibration
 from quantwm.compute import dtype_name, package_version, resolve_device, resolve_dtype
 from quantwm.data.sources import DataSet, open_data, stored_task
@@ -19,7 +18,7 @@ from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import method_names
 from quantwm.models.bundled import bundled_names
-from quantwm.models.dino_wm_checkpoint import is_checkpoint
+from quantwm.models.formats import Format, stored_format
 from quantwm.protocols import Task
 from quantwm.quant import quantization_of, stored_bytes
 from quantwm.quant.structure import added_multiply_adds
@@ -27,6 +26,11 @@ from quantwm.study.prepare import build_task
 from quantwm.study.spec import RECORD, presets
 from quantwm.study.store import ResultsFolder
 
+_ORIGINS: Mapping[Format, str] = {
+    "quantwm": "",
+    "dino_wm": ", in a checkpoint of DINO-WM's public code",
+    "prejepa": ", in a checkpoint of stable-worldmodel",
+}
 _SHEET_ROWS, _SHEET_COLUMNS, _THUMBNAIL = 4, 6, 112
 
 
@@ -46,17 +50,19 @@ def describe_installation() -> dict[str, Any]:
     }
 
 
-def describe(source: str) -> dict[str, Any]:
+def describe(source: str, task: str | None = None) -> dict[str, Any]:
     """Facts about a bundled model's name, a folder or a file.
+
+    Args:
+        task: a model's, where its folder does not say.
 
     Raises:
         UsageError: it is none of those.
         CorruptFileError: it is damaged.
     """
     path = Path(source)
-    named = source in bundled_names() or (path / storage.METADATA_FILE).is_file()
-    if named or is_checkpoint(path):
-        return _describe_model(source)
+    if source in bundled_names() or stored_format(path) is not None:
+        return _describe_model(source, task)
     if stored_task(path) is not None:
         return _describe_data(path)
     if path.is_dir() and ResultsFolder(path).read_config() is not None:
@@ -89,16 +95,16 @@ def contact_sheet(source: str, path: Path) -> None:
     sheet.save(path)
 
 
-def _describe_model(source: str) -> dict[str, Any]:
-    world_model = load(source)
+def _describe_model(source: str, task: str | None) -> dict[str, Any]:
+    world_model = load(source, task=task)
     record = quantization_of(world_model)
     sizes = {
         part: sum(p.numel() for n, p in world_model.named_parameters() if n.startswith(part))
         for part in ("encoder.", "predictor.")
     }
     kind = "world model, float" if record is None else "world model, quantized"
-    if source not in bundled_names() and not (Path(source) / storage.METADATA_FILE).is_file():
-        kind = "world model, float, in a checkpoint of DINO-WM's public code"
+    if source not in bundled_names():
+        kind += _ORIGINS[stored_format(Path(source)) or "quantwm"]
     facts: dict[str, Any] = {"kind": kind, "bytes": stored_bytes(world_model)}
     if record is None:
         facts["hash"] = model_hash(world_model)

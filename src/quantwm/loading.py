@@ -9,15 +9,17 @@ import torch
 from quantwm import storage
 from quantwm.compute import resolve_device, resolve_dtype
 from quantwm.data.dino_wm_layout import PUSHT_STATISTICS
-from quantwm.data.sources import SPLITS, open_data
+from quantwm.data.sources import SPLITS, open_data, stored_task
 from quantwm.data.statistics import Statistics
 from quantwm.envs import get_task
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import MismatchError, UsageError, unknown_name
 from quantwm.models import checkpoint
 from quantwm.models.bundled import bundled_folder, bundled_names
 from quantwm.models.config import DINOWMConfig
 from quantwm.models.dino_wm import DINOWM
-from quantwm.models.dino_wm_checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from quantwm.models.dino_wm_checkpoint import Checkpoint, read_checkpoint
+from quantwm.models.formats import stored_format
+from quantwm.models.prejepa_checkpoint import read_prejepa
 from quantwm.protocols import ActionSpec
 from quantwm.quant import artifact
 from quantwm.quant.apply import quantization_of
@@ -28,17 +30,20 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    task: str | None = None,
     data: str | Path | None = None,
     stats: str | Path | None = None,
 ) -> DINOWM:
     """A world model in evaluation mode.
 
     Args:
-        source: the name of a bundled model, a folder that `save` or `quantwm train` wrote, or the
-            output folder of DINO-WM's public `train.py`, from which nothing is executed.
+        source: the name of a bundled model, or a folder: that `save` or `quantwm train` wrote, the
+            output folder of DINO-WM's public `train.py`, or a DINO-WM (`PreJEPA`) checkpoint of
+            stable-worldmodel. Nothing that it holds is executed.
         device: where to put it; "auto" takes a GPU where there is one.
         dtype: cast to this type. Default: float32, the type to quantize from; `evaluate` casts a
             copy to its own compute type.
+        task: that it was trained in; needed where the folder does not say and `data` is not given.
         data: the data set that the model was trained on, to compute statistics from; for a model
             that carries none, which otherwise encodes and predicts but cannot plan.
         stats: a JSON file of them instead, as `Statistics.to_dict` has them.
@@ -47,27 +52,32 @@ def load(
         UsageError: neither a bundled model's name nor a model's folder, or statistics for a model
             that has its own.
         CorruptFileError: a file is damaged.
-        MismatchError: the data set is another task's.
+        MismatchError: the model or the data set is another task's.
     """
     folder = _folder_of(source)
     if data is not None and stats is not None:
         raise UsageError("give either a data set or a statistics file, not both")
-    if not is_checkpoint(folder) and not (folder / storage.METADATA_FILE).is_file():
+    kind = stored_format(folder)
+    if kind is None:
         raise UsageError(
             f"{folder} holds no saved model: neither {storage.METADATA_FILE} and "
             f"{storage.TENSORS_FILE}, as quantwm saves one, nor hydra.yaml and "
-            "checkpoints/model_latest.pth, as DINO-WM does"
+            "checkpoints/model_latest.pth, as DINO-WM does, nor a PreJEPA's config.json and "
+            "weights.pt, as stable-worldmodel does"
         )
-    if _is_public(folder):
-        world_model = _load_public(folder, data, stats)
-    elif storage.read_metadata(folder).get("format") == artifact.FORMAT:
-        world_model = _load_quantized(folder)
+    if kind == "dino_wm":
+        world_model, statistics, rollouts = _of_dino_wm(folder)
     else:
-        world_model = checkpoint.load_world_model(folder)
-    if not _is_public(folder) and (data is not None or stats is not None):
+        world_model = _of_prejepa(folder, task, data) if kind == "prejepa" else _own(folder)
+        statistics, rollouts = None, None
+    if task not in (None, world_model.config.task):
+        raise MismatchError(f"{source} was trained in {world_model.config.task}, not in {task}")
+    if data is not None or stats is not None:
         if world_model.action_spec.mean is not None:
             raise UsageError(f"{source} carries statistics of its own: leave data and stats out")
-        _set_statistics(world_model, _given_statistics(world_model.config.task, data, stats, None))
+        statistics = _given_statistics(world_model.config.task, data, stats, rollouts)
+    if statistics is not None:
+        _set_statistics(world_model, statistics)
     resolved = resolve_device(device)
     world_model = world_model.to(resolved)
     return world_model if dtype is None else world_model.to(resolve_dtype(dtype, resolved))
@@ -102,12 +112,27 @@ def _folder_of(source: str | Path) -> Path:
     raise unknown_name("world model", source, bundled_names())
 
 
-def _is_public(folder: Path) -> bool:
-    return is_checkpoint(folder) and not (folder / storage.METADATA_FILE).is_file()
+def _own(folder: Path) -> DINOWM:
+    if storage.read_metadata(folder).get("format") == artifact.FORMAT:
+        return _load_quantized(folder)
+    return checkpoint.load_world_model(folder)
 
 
-def _load_public(folder: Path, data: str | Path | None, stats: str | Path | None) -> DINOWM:
-    """A checkpoint of DINO-WM's, with the statistics that are known or given."""
+def _of_prejepa(folder: Path, task: str | None, data: str | Path | None) -> DINOWM:
+    """stable-worldmodel's; the task is the one named, or else that of the data set."""
+    if task is None and data is not None and (stored := stored_task(Path(data))) is not None:
+        task = stored["name"]
+    if task is None:
+        raise UsageError(
+            f"{folder} is a PreJEPA checkpoint, which does not say what it was trained in: name "
+            "it, task='pusht' (--task pusht)"
+        )
+    known = get_task(task)
+    return read_prejepa(folder, known.name, known.action_dim, known.proprio_dim)
+
+
+def _of_dino_wm(folder: Path) -> tuple[DINOWM, Statistics | None, int | None]:
+    """A checkpoint of DINO-WM's, statistics that are known of it, trajectories that it saw."""
     read = read_checkpoint(folder)
     config, task = read.world_model.config, get_task(read.settings.task)
     for name, ours in (("action", task.action_dim), ("proprio", task.proprio_dim)):
@@ -116,12 +141,7 @@ def _load_public(folder: Path, data: str | Path | None, stats: str | Path | None
                 f"{read.file} takes {name}s of width {getattr(config, f'{name}_dim')}, quantwm's "
                 f"{task.name} has width {ours}"
             )
-    statistics = _known_statistics(read)
-    if data is not None or stats is not None:
-        statistics = _given_statistics(task.name, data, stats, read.settings.rollouts)
-    if statistics is not None:
-        _set_statistics(read.world_model, statistics)
-    return read.world_model
+    return read.world_model, _known_statistics(read), read.settings.rollouts
 
 
 def _known_statistics(read: Checkpoint) -> Statistics | None:

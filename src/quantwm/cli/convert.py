@@ -17,15 +17,18 @@ def convert(
         Path | None,
         typer.Option(help="The data set it was trained on; its statistics go into the model."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task it was trained in, where the checkpoint says none.")
+    ] = None,
     stats: Annotated[Path | None, typer.Option(help="A JSON file of the statistics.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint of DINO-WM's public code as safetensors and JSON. Nothing that is in the
-    checkpoint is executed; decoder and optimizers are left out."""
+    """Write a checkpoint of DINO-WM's public code, or of stable-worldmodel's, as safetensors and
+    JSON. Nothing that is in the checkpoint is executed; optimizers are left out."""
     with exit_codes("Nothing was written."):
         from quantwm.loading import load, save
 
-        world_model = load(model, data=data, stats=stats)
+        world_model = load(model, task=task, data=data, stats=stats)
         save(world_model, out_folder)
         can_plan = world_model.action_spec.mean is not None
         if as_json:

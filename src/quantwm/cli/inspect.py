@@ -16,6 +16,9 @@ def info(
         typer.Argument(help="A bundled model, or the folder of a model, data set or study."),
     ] = None,
     as_json: Json = False,
+    task: Annotated[
+        str | None, typer.Option(help="Model: the task it was trained in, if its folder says none.")
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Data set: write a contact sheet of frames (PNG) here.")
     ] = None,
@@ -25,7 +28,7 @@ def info(
     with exit_codes():
         from quantwm.describe import contact_sheet, describe, describe_installation
 
-        facts = describe_installation() if source is None else describe(source)
+        facts = describe_installation() if source is None else describe(source, task)
         if sheet is not None:
             contact_sheet(str(source), sheet)
         if as_json:

@@ -9,6 +9,15 @@ from quantwm.errors import UsageError, unknown_name
 Numbers = tuple[float, ...]
 DECODERS = ("vqvae", "transposed_conv")
 FEATURES = ("patch", "cls")
+_SILENT: Mapping[str, Any] = {
+    "frame_size": None,
+    "pixel_mean": [0.5] * 3,
+    "pixel_std": [0.5] * 3,
+    "position_offset": 0.1,
+    "feature": "patch",
+    "token_pool": 1,
+    "decoder": None,
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class DINOWMConfig:
         action_dim, proprio_dim: raw widths.
         image_size: side the encoder sees; a multiple of its patch size (196 in DINO-WM).
         frame_size: side that frames are resized to before that; None: they are taken as they are.
+        pixel_mean, pixel_std: of each colour from 0 to 1, that frames are normalised with; 0.5 as
+            in DINO-WM.
+        position_offset: what Meta's code adds to a grid before it scales the encoder's position
+            embedding to it, 0.1; 0 as in Hugging Face's.
         feature: "patch" for the encoder's patch tokens, "cls" for its class token alone.
         token_pool: patch tokens are averaged over squares of this side; 1, as in DINO-WM, leaves
             them. Small objects need a large image, and a cheap predictor few tokens.
@@ -91,6 +104,9 @@ class DINOWMConfig:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     image_size: int = 196
     frame_size: int | None = None
+    pixel_mean: Numbers = (0.5, 0.5, 0.5)
+    pixel_std: Numbers = (0.5, 0.5, 0.5)
+    position_offset: float = 0.1
     feature: str = "patch"
     token_pool: int = 1
     num_hist: int = 3
@@ -134,7 +150,11 @@ class DINOWMConfig:
             for name in ("action_emb_dim", "proprio_emb_dim"):
                 if getattr(self, name) != self.encoder.width:
                     yield f"concat_dim 0 needs {name} = {self.encoder.width}"
-        for name, width in (("action", self.action_dim), ("proprio", self.proprio_dim)):
+        for name, width in (
+            ("action", self.action_dim),
+            ("proprio", self.proprio_dim),
+            ("pixel", 3),
+        ):
             for statistic in ("mean", "std"):
                 values = getattr(self, f"{name}_{statistic}")
                 if values is not None and len(values) != width:
@@ -180,8 +200,7 @@ class DINOWMConfig:
         """JSON values; `from_dict` reads them back."""
         values = cast(dict[str, Any], _jsonable(asdict(self)))
         # Left out where it says nothing, so that files and hashes stay what they were without it.
-        silent = {"frame_size": None, "feature": "patch", "token_pool": 1, "decoder": None}
-        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
+        return {k: v for k, v in values.items() if k not in _SILENT or v != _SILENT[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DINOWMConfig":

@@ -29,7 +29,12 @@ class DINOWM(nn.Module):
         self.config = config
         e, p = config.encoder, config.predictor
         self.encoder = DINOv2(
-            e.depth, e.width, e.heads, patch_size=e.patch_size, pretrained_grid=e.pretrained_grid
+            e.depth,
+            e.width,
+            e.heads,
+            patch_size=e.patch_size,
+            pretrained_grid=e.pretrained_grid,
+            position_offset=config.position_offset,
         )
         self.proprio_embed = nn.Conv1d(config.proprio_dim, config.proprio_emb_dim, 1)
         model_action = config.action_dim * config.frameskip
@@ -88,7 +93,11 @@ class DINOWM(nn.Module):
         frames = torch.as_tensor(visual).to(self.device)
         lead = frames.shape[:-3]
         frames = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
-        frames = (frames / 255.0 - 0.5) / 0.5
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1)
+            for values in (self.config.pixel_mean, self.config.pixel_std)
+        )
+        frames = (frames / 255.0 - mean) / std
         sides = [self.config.image_size]
         if self.config.frame_size not in (None, frames.shape[-1]):
             sides = [self.config.frame_size, *sides]

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from quantwm import storage
 from quantwm.errors import CorruptFileError, UsageError
 from quantwm.models.checkpoint import bundled_encoder_state, skeleton
@@ -21,8 +18,13 @@ from quantwm.models.config import DecoderConfig, DINOWMConfig
 from quantwm.models.decoder import reference_state_dict as decoder_state_dict
 from quantwm.models.dino_wm import DINOWM
 from quantwm.models.hydra_settings import PROPRIO_WEIGHTS, HydraSettings, read_settings
-from quantwm.models.predictor import reference_state_dict
-from quantwm.models.safe_pickle import Inert, TensorRef
+from quantwm.models.saved_tensors import (
+    Tensors,
+    check_attention,
+    predictor_tensors,
+    read_tensors,
+    tensors_of,
+)
 from quantwm.models.torch_archive import TorchArchive
 
 logger = logging.getLogger(__name__)
@@ -31,16 +33,7 @@ SETTINGS_FILE = "hydra.yaml"
 CHECKPOINTS = "checkpoints"
 LATEST = "model_latest.pth"
 
-_PARTS = {
-    "predictor": "predictor",
-    "action_encoder": "action_embed",
-    "proprio_encoder": "proprio_embed",
-}
-_WEIGHTS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
-_MASK = re.compile(r"^(?:transformer\.)?layers\.\d+\.(?:0|attn)\.bias$")
-_MAX_MODULES = 10_000
-
-Tensors = dict[str, TensorRef]
+_EMBEDDINGS = {"action_encoder": "action_embed", "proprio_encoder": "proprio_embed"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         root = archive.root
         if not isinstance(root, dict):
             raise CorruptFileError(f"{path} holds no parts by name: it is no DINO-WM checkpoint")
-        wanted = [*_PARTS, *(["encoder"] if settings.trained_encoder else [])]
+        wanted = ["predictor", *_EMBEDDINGS, *(["encoder"] if settings.trained_encoder else [])]
         if missing := [name for name in wanted if name not in root]:
             raise CorruptFileError(
                 f"{path} lacks {', '.join(missing)} (it holds {_listed(root)}): it is no complete "
@@ -90,8 +83,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         decoder = _decoder(root, settings, path)
         references = _references(root, path, settings, decoder)
         world_model = skeleton(_config(settings, references, decoder, path))
-        _check_attention(archive, world_model.config, path)
-        state = _read(archive, references, world_model, path)
+        check_attention(archive, root["predictor"], world_model.config, path, SETTINGS_FILE)
+        state = read_tensors(archive, references, world_model, path, SETTINGS_FILE)
     if not settings.trained_encoder:
         state |= {f"encoder.{name}": value for name, value in bundled_encoder_state().items()}
     storage.assign(world_model, state)
@@ -139,107 +132,18 @@ def _references(
     root: Mapping[Any, Any], path: Path, settings: HydraSettings, decoder: DecoderConfig | None
 ) -> Tensors:
     """Tensors of the file under our model's names."""
-    found: Tensors = {}
-    for part, ours in _PARTS.items():
-        tensors = _tensors(root[part], part, path)
-        if part == "predictor":
-            tensors = {k: v for k, v in tensors.items() if not _MASK.match(k)}
-            try:
-                tensors = reference_state_dict(tensors)
-            except KeyError as error:
-                raise CorruptFileError(f"{path}: {str(error.args[0])[:200]}") from error
-        else:
-            tensors = {k.removeprefix("patch_embed."): v for k, v in tensors.items()}
-        found |= {f"{ours}.{name}": reference for name, reference in tensors.items()}
+    predictor = predictor_tensors(root["predictor"], path)
+    found: Tensors = {f"predictor.{name}": reference for name, reference in predictor.items()}
+    for part, ours in _EMBEDDINGS.items():
+        for name, reference in tensors_of(root[part], part, path).items():
+            found[f"{ours}.{name.removeprefix('patch_embed.')}"] = reference
     if decoder is not None:
-        tensors = decoder_state_dict(_tensors(root["decoder"], "decoder", path), decoder)
+        tensors = decoder_state_dict(tensors_of(root["decoder"], "decoder", path), decoder)
         found |= {f"decoder.{name}": reference for name, reference in tensors.items()}
     if settings.trained_encoder:
-        encoder = _tensors(root["encoder"], "encoder", path)
+        encoder = tensors_of(root["encoder"], "encoder", path)
         found |= {f"encoder.{k.removeprefix('base_model.')}": v for k, v in encoder.items()}
     return found
-
-
-def _tensors(part: Any, name: str, path: Path) -> Tensors:
-    """The state dict of a pickled module, or of a plain state dict."""
-    if isinstance(part, dict):
-        tensors = {k: v for k, v in part.items() if isinstance(k, str)}
-    elif isinstance(part, Inert):
-        tensors = {".".join(keys): value for keys, value in _walk(part, name, path)}
-    else:
-        raise CorruptFileError(f"{path}: its {name} is no module, but a {type(part).__name__}")
-    if not tensors or not all(isinstance(value, TensorRef) for value in tensors.values()):
-        raise CorruptFileError(f"{path}: its {name} holds no tensors, or not only tensors")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
-
-
-def _walk(part: Inert, name: str, path: Path) -> list[tuple[tuple[str, ...], Any]]:
-    """Dotted names and tensors of a module and of all below it, as `state_dict` has them."""
-    found: list[tuple[tuple[str, ...], Any]] = []
-    open_modules: list[tuple[tuple[str, ...], Any]] = [((), part)]
-    seen: set[int] = set()
-    while open_modules:
-        keys, module = open_modules.pop()
-        if module is None:
-            continue
-        if isinstance(module, Inert) and id(module) in seen and _is_bare(module):
-            continue
-        if not isinstance(module, Inert) or id(module) in seen or len(seen) > _MAX_MODULES:
-            raise CorruptFileError(f"{path}: its {name} is no tree of modules")
-        seen.add(id(module))
-        hidden = module.state.get("_non_persistent_buffers_set", ())
-        if type(hidden) not in {set, tuple}:
-            raise CorruptFileError(f"{path}: its {name} has no set of buffers")
-        for group in ("_parameters", "_buffers", "_modules"):
-            members = module.state.get(group, {})
-            if type(members) is not dict or not all(isinstance(key, str) for key in members):
-                raise CorruptFileError(f"{path}: its {name} has no {group} by name")
-            for key, value in members.items():
-                if group == "_modules":
-                    open_modules.append(((*keys, key), value))
-                elif value is not None and not (group == "_buffers" and key in hidden):
-                    found.append(((*keys, key), value))
-    return found
-
-
-def _is_bare(module: Inert) -> bool:
-    """Whether it holds nothing, as an activation that stands in several places."""
-    return not any(module.state.get(group) for group in ("_parameters", "_buffers", "_modules"))
-
-
-def _check_attention(archive: TorchArchive, config: DINOWMConfig, path: Path) -> None:
-    """What no parameter's shape tells: heads and masks of the attentions are the settings'."""
-    part = archive.root["predictor"]
-    masks: list[Any] = []
-    if isinstance(part, dict):
-        masks = [value for key, value in part.items() if isinstance(key, str) and _MASK.match(key)]
-    layers = [part] if isinstance(part, Inert) else []
-    while layers:
-        module = layers.pop()
-        layers += [m for m in module.state.get("_modules", {}).values() if isinstance(m, Inert)]
-        if "heads" not in module.state:
-            continue
-        heads = module.state["heads"]
-        if heads != config.predictor.heads:
-            shown = heads if type(heads) is int and abs(heads) < 10**9 else type(heads).__name__
-            raise CorruptFileError(
-                f"{path}: its attention has {shown} heads, {SETTINGS_FILE} says "
-                f"predictor.heads = {config.predictor.heads}"
-            )
-        masks.append(module.state.get("bias", module.state.get("_buffers", {}).get("bias")))
-    if not all(_is_frame_causal(archive, mask, config) for mask in masks if mask is not None):
-        raise CorruptFileError(
-            f"{path}: its attention mask is not the one of {config.num_hist} frames of "
-            f"{config.frame_tokens} tokens that {SETTINGS_FILE} describes"
-        )
-
-
-def _is_frame_causal(archive: TorchArchive, mask: Any, config: DINOWMConfig) -> bool:
-    size = config.num_hist * config.frame_tokens
-    if not isinstance(mask, TensorRef) or mask.shape != (1, 1, size, size):
-        return False
-    frame = torch.arange(size) // config.frame_tokens
-    return torch.equal(archive.tensor(mask)[0, 0] != 0, frame[:, None] >= frame[None, :])
 
 
 def _config(
@@ -282,31 +186,6 @@ def _config(
         proprio_weight=PROPRIO_WEIGHTS[settings.task],
         decoder=decoder,
     )
-
-
-def _read(
-    archive: TorchArchive, references: Tensors, world_model: DINOWM, path: Path
-) -> dict[str, Tensor]:
-    """The tensors, once their names and shapes are known to be the model's."""
-    expected = {name: tuple(value.shape) for name, value in world_model.state_dict().items()}
-    if not any(name.startswith("encoder.") for name in references):
-        expected = {k: v for k, v in expected.items() if not k.startswith("encoder.")}
-    problems = [f"missing: {name}" for name in expected if name not in references]
-    problems += [f"unexpected: {name[:100]}" for name in references if name not in expected]
-    for name, reference in references.items():
-        if reference.shape != expected.get(name, reference.shape):
-            problems.append(f"{name}: {reference.shape}, the settings make {expected[name]}")
-        if reference.storage.dtype not in _WEIGHTS:
-            problems.append(f"{name[:100]}: weights of type {reference.storage.dtype}")
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems[:20])
-        raise CorruptFileError(
-            f"{path} contradicts {SETTINGS_FILE} ({len(problems)} differences):\n{listed}"
-        )
-    state = {name: archive.tensor(reference).float() for name, reference in references.items()}
-    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise CorruptFileError(f"{path}: {', '.join(broken[:5])} hold NaN or infinite weights")
-    return state
 
 
 def _listed(root: Mapping[Any, Any]) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quantwm.models.transformer import Block, residual_stream
 from quantwm.protocols import ResidualStream
 
-_OFFSET = 0.1
+POSITION_OFFSET = 0.1
 """Meta's code adds this to the target grid before it forms the scale factor; the released
 features depend on it."""
 
@@ -38,6 +38,8 @@ class DINOv2(nn.Module):
         mlp_ratio: hidden width of the MLP over `width`.
         patch_size: pixels a patch side.
         pretrained_grid: patches a side of the position grid; interpolated to the image's grid.
+        position_offset: added to the image's grid before the scale is formed; 0 in Hugging Face's
+            code, which otherwise computes the same.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class DINOv2(nn.Module):
         mlp_ratio: float = 4.0,
         patch_size: int = 14,
         pretrained_grid: int = 37,
+        position_offset: float = POSITION_OFFSET,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is no multiple of {heads} heads")
         self.width, self.patch_size, self.pretrained_grid = width, patch_size, pretrained_grid
+        self.position_offset = position_offset
         self.patch_embed = PatchEmbed(patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))
@@ -107,8 +111,8 @@ class DINOv2(nn.Module):
         grid = F.interpolate(
             grid,
             scale_factor=(
-                float(rows + _OFFSET) / math.sqrt(side**2),
-                float(columns + _OFFSET) / math.sqrt(side**2),
+                float(rows + self.position_offset) / math.sqrt(side**2),
+                float(columns + self.position_offset) / math.sqrt(side**2),
             ),
             mode="bicubic",
             antialias=False,

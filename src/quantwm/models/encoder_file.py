@@ -47,6 +47,7 @@ _HF_OUTSIDE = {
 _HF_BLOCK = re.compile(r"^encoder\.layer\.(\d+)\.(.+)\.(weight|bias|lambda1)$")
 _HF_IN_BLOCK = {
     "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
     "layer_scale1": "ls1",
     "layer_scale2": "ls2",
     "norm1": "norm1",
@@ -54,7 +55,15 @@ _HF_IN_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_HF_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+_HF_QKV = {
+    "attention.attention.query": 0,
+    "attention.attention.key": 1,
+    "attention.attention.value": 2,
+    "attention.q_proj": 0,
+    "attention.k_proj": 1,
+    "attention.v_proj": 2,
+}
+"""Their places in `qkv`, under the names of released files and of transformers 5."""
 
 
 def read_encoder(
@@ -116,20 +125,20 @@ def to_meta_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             order along the rows.
     """
     named: dict[str, Tensor] = {}
-    stacked: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _HF_BLOCK.match(name)
         part = match[2] if match else ""
         if match and part in _HF_QKV:
-            stacked.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[part] = tensor
+            stacked.setdefault(f"blocks.{match[1]}.attn.qkv.{match[3]}", {})[_HF_QKV[part]] = tensor
         elif match and part in _HF_IN_BLOCK:
             parameter = "gamma" if match[3] == "lambda1" else match[3]
             named[f"blocks.{match[1]}.{_HF_IN_BLOCK[part]}.{parameter}"] = tensor
         else:
             named[_HF_OUTSIDE.get(name, name)] = tensor
     for name, parts in stacked.items():
-        if len(parts) == len(_HF_QKV):
-            named[name] = torch.cat([parts[part] for part in _HF_QKV])
+        if len(parts) == 3:
+            named[name] = torch.cat([parts[place] for place in range(3)])
     return named
 
 
