@@ -1,0 +1,56 @@
+"""The command that draws what models imagine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantwm.cli.app import Device, app
+from quantwm.console import exit_codes, out
+
+
+@app.command(epilog="Example: quantwm imagine runs/wall/model small --out imagined.png")
+def imagine(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models of one task, with decoders.")
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="PNG to write.")],
+    episodes: Annotated[int, typer.Option(help="Validation trajectories to show.")] = 4,
+    steps: Annotated[int, typer.Option(help="Model steps to imagine.")] = 5,
+    seed: Annotated[int, typer.Option(help="Another seed gives other trajectories.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw what world models imagine from one frame and a trajectory's actions, under what really
+    happens. Models need a decoder: `quantwm train TASK --decoder vqvae`."""
+    with exit_codes("Nothing was written."):
+        from quantwm.diagnostics.pictures import (
+            imagined_frames,
+            strip,
+            true_frames,
+            validation_excerpts,
+        )
+        from quantwm.envs import get_task
+        from quantwm.errors import MismatchError, UsageError
+        from quantwm.loading import load
+
+        if len(set(models)) < len(models):
+            raise UsageError("the same model is named twice")
+        loaded = {name: load(name, device=device) for name in models}
+        first = next(iter(loaded.values()))
+        for name, world_model in loaded.items():
+            for what in ("task", "frameskip"):
+                if getattr(world_model.config, what) != getattr(first.config, what):
+                    raise MismatchError(
+                        f"{name} has another {what} ({getattr(world_model.config, what)}) than "
+                        f"{models[0]} ({getattr(first.config, what)})"
+                    )
+        frameskip = first.config.frameskip
+        excerpts = validation_excerpts(
+            get_task(first.config.task), episodes=episodes, steps=steps * frameskip, seed=seed
+        )
+        rows = {"true": true_frames(excerpts, frameskip)}
+        for name, world_model in loaded.items():
+            rows[Path(name).name] = imagined_frames(world_model, excerpts)
+        out_file.parent.mkdir(parents=True, exist_ok=True)
+        strip(rows).save(out_file, format="PNG")
+        out.print(f"{out_file}: {episodes} trajectories, {steps} steps each", highlight=False)

@@ -1,0 +1,114 @@
+"""What a world model imagines, drawn by its decoder beside what really happens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+
+from quantwm.compute import device_of
+from quantwm.data.collect import Scripted
+from quantwm.errors import MissingStatisticsError, UsageError
+from quantwm.models.dino_wm import DINOWM
+from quantwm.protocols import FloatArray, Layout, Task
+from quantwm.seeds import episode_seeds
+
+Frames = npt.NDArray[np.uint8]
+"""(E, T, H, W, 3)."""
+
+SIDE = 112
+_LABEL = 72
+_GAP = 4
+_BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
+
+
+@dataclass(frozen=True)
+class Excerpts:
+    """Pieces of scripted trajectories that no model was trained on.
+
+    Attributes:
+        task: that they come from.
+        states: (E, T·frameskip + 1, S).
+        actions: (E, T·frameskip, A), raw.
+        layout: of the E worlds.
+    """
+
+    task: Task
+    states: FloatArray
+    actions: FloatArray
+    layout: Layout
+
+
+def validation_excerpts(task: Task, *, episodes: int, steps: int, seed: int = 0) -> Excerpts:
+    """The beginnings of validation trajectories, `steps` raw actions long.
+
+    Raises:
+        UsageError: the task has no scripted policy, or its trajectories are shorter.
+    """
+    if not isinstance(task, Scripted):
+        raise UsageError(f"task {task.name!r} has no scripted policy to show")
+    if not 1 <= steps <= task.trajectory_steps:
+        raise UsageError(
+            f"{steps} raw actions are asked for, trajectories of {task.name} have "
+            f"{task.trajectory_steps}: take fewer steps"
+        )
+    seeds = episode_seeds("validation", seed, episodes)
+    states, actions = task.scripted(seeds, task.trajectory_steps)
+    layout = dict(task.sample_layout(seeds))
+    return Excerpts(task, states[:, : steps + 1], actions[:, :steps], layout)
+
+
+def true_frames(excerpts: Excerpts, frameskip: int, side: int = SIDE) -> Frames:
+    """Frames at every model step, the first included."""
+    visual = excerpts.task.observe(excerpts.states[:, ::frameskip], excerpts.layout)["visual"]
+    resized = [
+        np.asarray(Image.fromarray(frame).resize((side, side)))
+        for frame in np.asarray(visual).reshape(-1, *visual.shape[-3:])
+    ]
+    return np.stack(resized).reshape(*visual.shape[:2], side, side, 3)
+
+
+@torch.inference_mode()
+def imagined_frames(world_model: DINOWM, excerpts: Excerpts, side: int = SIDE) -> Frames:
+    """What the model makes of the first frame and the actions; the first frame is decoded too.
+
+    Raises:
+        UsageError: it has no decoder, or the excerpts are no whole number of model actions.
+        MissingStatisticsError: it carries no statistics to normalise actions with.
+    """
+    spec = world_model.action_spec
+    if spec.mean is None or spec.std is None:
+        raise MissingStatisticsError(
+            "this world model carries no action statistics: give its data set or a statistics "
+            "file when loading it"
+        )
+    count, steps = excerpts.actions.shape[:2]
+    if steps % spec.frameskip:
+        raise UsageError(f"{steps} actions are no multiple of the model's {spec.frameskip}")
+    first = excerpts.task.observe(excerpts.states[:, :1], excerpts.layout)
+    normalized = (excerpts.actions - np.asarray(spec.mean)) / np.asarray(spec.std)
+    actions = normalized.reshape(count, 1, steps // spec.frameskip, spec.model_dim)
+    device = device_of(world_model)
+    latent = world_model.encode(first)
+    rolled = world_model.rollout(latent, torch.from_numpy(actions).float().to(device))
+    return world_model.decode(rolled["visual"][:, 0], side).cpu().numpy()
+
+
+def strip(rows: Mapping[str, Frames]) -> Image.Image:
+    """One picture: for each excerpt a line of frames from each of `rows`, its label before it."""
+    episodes, steps, side = next(iter(rows.values())).shape[:3]
+    width = _LABEL + steps * (side + _GAP)
+    height = episodes * (len(rows) * (side + _GAP) + _GAP) - 2 * _GAP
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for episode in range(episodes):
+        for label, frames in rows.items():
+            draw.text((_GAP, top + side // 2), label[:12], fill=_INK)
+            for step, frame in enumerate(frames[episode]):
+                sheet.paste(Image.fromarray(frame), (_LABEL + step * (side + _GAP), top))
+            top += side + _GAP
+        top += _GAP
+    return sheet
