@@ -25,7 +25,7 @@ _MAX_COUNT = 10_000
 _DECODER_SCALE = 16
 """The public code makes as many patches a side as a decoder of this stride makes pixels."""
 _ENCODER_KEYS = ("_target_", "name", "feature_key")
-_ENCODERS = {
+_ENCODERS: Mapping[tuple[str, ...], str] = {
     ("models.dino.DinoV2Encoder", "dinov2_vits14", "x_norm_patchtokens"): "patch",
     ("models.dino.DinoV2Encoder", "dinov2_vits14", "x_norm_clstoken"): "cls",
 }
@@ -232,8 +232,8 @@ class _Reader:
             quantize = self._get("decoder.quantize", True)
             if type(quantize) is not bool:
                 self._problems.append("decoder.quantize must be true or false")
-            shape = {name: self._count(f"decoder.{name}", _VQVAE[name]) for name in names}
-            return DecoderConfig("vqvae", quantize=bool(quantize), **shape)
+            sizes = [self._count(f"decoder.{name}", _VQVAE[name]) for name in names]
+            return DecoderConfig("vqvae", *sizes, quantize=bool(quantize))
         if target == "models.decoder.transposed_conv.TransposedConvDecoder":
             observed = self._get("decoder.observation_shape", [3, size, size])
             if observed != [3, size, size]:
@@ -241,11 +241,17 @@ class _Reader:
                     f"decoder.observation_shape is {_shown(observed)}; quantwm's decoders make "
                     f"pictures of the run's size, [3, {size}, {size}]"
                 )
-            shape = {
-                name: self._count(f"decoder.{name}", default)
+            depth, kernel_size, stride = (
+                self._count(f"decoder.{name}", default)
                 for name, default in _TRANSPOSED_CONV.items()
-            }
-            return DecoderConfig("transposed_conv", image_size=size, **shape)
+            )
+            return DecoderConfig(
+                "transposed_conv",
+                depth=depth,
+                kernel_size=kernel_size,
+                stride=stride,
+                image_size=size,
+            )
         if target:
             self._problems.append(
                 f"the decoder is {target}; quantwm has models.vqvae.VQVAE and "
