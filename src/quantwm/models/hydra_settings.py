@@ -226,14 +226,15 @@ class _Reader:
             return None
         target = self._text("decoder._target_")
         if target == "models.vqvae.VQVAE":
-            names = ("channel", "n_res_block", "n_res_channel", "n_embed")
             if self._count("decoder.in_channel", 3) != 3:
                 self._problems.append("decoder.in_channel must be 3, the colours of a picture")
             quantize = self._get("decoder.quantize", True)
             if type(quantize) is not bool:
                 self._problems.append("decoder.quantize must be true or false")
-            sizes = [self._count(f"decoder.{name}", _VQVAE[name]) for name in names]
-            return DecoderConfig("vqvae", *sizes, quantize=bool(quantize))
+            channel, blocks, hidden, codes = (
+                self._count(f"decoder.{name}", default) for name, default in _VQVAE.items()
+            )
+            return DecoderConfig("vqvae", channel, blocks, hidden, codes, quantize=bool(quantize))
         if target == "models.decoder.transposed_conv.TransposedConvDecoder":
             observed = self._get("decoder.observation_shape", [3, size, size])
             if observed != [3, size, size]:
