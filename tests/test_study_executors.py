@@ -139,6 +139,63 @@ def test_jobs_of_a_cluster_give_the_rows_of_one_worker(tmp_path, reference, monk
     assert len(list((tmp_path / "logs").glob("*_submitted.pkl"))) > 2
 
 
+DIAGNOSED = point_spec(diagnostics={"fidelity": True, "sensitivity": ["w2", "w3"], "episodes": 2})
+
+
+def diagnoses_in(folder):
+    return {p.name: json.loads(p.read_text()) for p in (folder / "diagnostics").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def diagnosed(tmp_path_factory):
+    """The diagnoses of one worker."""
+    folder = tmp_path_factory.mktemp("diagnosed")
+    run_study(**study(DIAGNOSED), out=folder)
+    found = diagnoses_in(folder)
+    assert len(found) > 3
+    return found
+
+
+@pytest.mark.slow
+def test_processes_share_the_diagnoses(tmp_path, diagnosed):
+    run_study(**study(DIAGNOSED), out=tmp_path, executor=Local(2))
+    assert diagnoses_in(tmp_path) == diagnosed
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_jobs_of_a_cluster_make_the_diagnoses(tmp_path, diagnosed, monkeypatch):
+    """They do, and not the process that submits, which on a cluster is no place to compute."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    run_study(**study(point_spec()), out=tmp_path)
+    for name in ("diagnose_fidelity", "diagnose_sensitivity"):
+        monkeypatch.setattr(f"quantwm.study.diagnose.{name}", None)
+    run_study(**study(DIAGNOSED), out=tmp_path, executor=Slurm(timeout=5, cluster="local"))
+    assert diagnoses_in(tmp_path) == diagnosed
+
+
+def test_a_diagnosis_that_another_worker_makes_is_waited_for(tmp_path, diagnosed):
+    job = Job(DIAGNOSED, tmp_path, "all", world_model=PointModel(), task=PointTask(), poll=0.05)
+    recorder = Recorder()
+
+    def finish():
+        time.sleep(1.0)
+        name = "sensitivity-w2.json"
+        (tmp_path / "diagnostics").mkdir(exist_ok=True)
+        (tmp_path / "diagnostics" / name).write_text(json.dumps(diagnosed[name]))
+
+    with Claims(tmp_path / "claims").held("sensitivity-w2"):
+        thread = threading.Thread(target=finish)
+        thread.start()
+        work(job, progress=recorder)
+        thread.join()
+    assert "sensitivity to w3" in recorder.started
+    assert "sensitivity to w2" not in recorder.started
+    assert diagnoses_in(tmp_path) == diagnosed
+
+
 def test_batches_keep_the_order_and_fill_up_to_the_time():
     prepared = prepare(**study(point_spec(arms=["float", "w8", "w4", "w3", "w2"])))
     names = list(prepared.cells)
@@ -198,7 +255,7 @@ def test_workers_end_with_their_coordinator(tmp_path):
 def test_a_worker_waits_for_what_another_computes(tmp_path, reference):
     """The other worker is this test: it holds a cell's claim, then finishes the cell."""
     spec = reference.spec
-    job = Job(spec, tmp_path, None, PointModel(), PointTask(), poll=0.05)
+    job = Job(spec, tmp_path, world_model=PointModel(), task=PointTask(), poll=0.05)
     cell = prepare(**study()).cells["w4"].id
     seen = []
 
@@ -236,7 +293,7 @@ def test_a_worker_of_another_configuration_is_refused(tmp_path):
     run_study(**study(point_spec(arms=["float"])), out=tmp_path)
     other = point_spec(arms=["float"], threads=2)
     with pytest.raises(MismatchError, match="threads: the folder has 1, this study 2"):
-        work(Job(other, tmp_path, None, PointModel(), PointTask()))
+        work(Job(other, tmp_path, world_model=PointModel(), task=PointTask()))
     assert len(list((tmp_path / "cells").iterdir())) == 1
 
 
@@ -256,7 +313,7 @@ def test_each_worker_gets_a_gpu_unless_the_study_names_one(monkeypatch):
 
 def test_a_worker_heeds_the_gate(tmp_path):
     spec = point_spec(arms=["float", "w8"], gate=1.0, task="point")
-    job = Job(spec, tmp_path, None, PointModel(speed=-1.0), PointTask())
+    job = Job(spec, tmp_path, world_model=PointModel(speed=-1.0), task=PointTask())
     with pytest.raises(GateError, match="below the gate"):
         work(job)
     assert len(list((tmp_path / "cells").iterdir())) == 1

@@ -9,6 +9,7 @@ A file carries the identity of what it is about; one of another identity is made
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantwm.files import write_json
 from quantwm.planning.population import PopulationPlanner
 from quantwm.protocols import WorldModel
 from quantwm.study.cells import short_hash
+from quantwm.study.claims import Claims
 from quantwm.study.prepare import Prepared
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import CellWork, StudyProgress
@@ -32,38 +34,45 @@ _TOGETHER = 6
 """Quantized models held in memory at a time; they share the float model's planning and rollouts."""
 
 
-def diagnose_study(
-    prepared: Prepared,
-    folder: ResultsFolder,
-    work: CellWork,
-    progress: StudyProgress | None = None,
-) -> None:
-    """Make what is missing of the diagnoses that a study asks for.
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is made at a time: the fidelity of a few arms, or the sensitivity to a scheme.
+
+    Attributes:
+        claim: name of its claim, so that two workers do not make the same.
+        arms: to compare with float.
+        scheme: that every layer gets alone; None for a fidelity.
+    """
+
+    claim: str
+    arms: tuple[str, ...] = ()
+    scheme: str | None = None
+
+
+class Diagnoses:
+    """The diagnoses of a study, made by any number of workers.
 
     An arm whose costs are not finite gets a file that says so. A planner without a population has
     no candidates to rank, so that there is nothing to diagnose.
+
+    Args:
+        prepared: the study; its cells are finished.
+        folder: its results.
+        work: gives the models that arms plan with.
+        claims: keep two workers from making the same thing.
+        progress: shows how far it is.
     """
-    settings = prepared.spec.diagnostics
-    if not isinstance(prepared.planner, PopulationPlanner):
-        if settings.fidelity or settings.sensitivity:
-            logger.warning("no diagnoses: the planner has no population of candidates")
-        return
-    diagnoses = _Diagnoses(prepared, folder, work, progress)
-    if settings.fidelity:
-        diagnoses.fidelity()
-    for scheme in settings.sensitivity:
-        diagnoses.sensitivity(scheme)
 
-
-class _Diagnoses:
     def __init__(
         self,
         prepared: Prepared,
         folder: ResultsFolder,
         work: CellWork,
-        progress: StudyProgress | None,
+        claims: Claims,
+        progress: StudyProgress | None = None,
     ) -> None:
         self._prepared, self._work, self._progress = prepared, work, progress
+        self._claims = claims
         self._folder = folder.path / "diagnostics"
         self._common: dict[str, Any] = {
             "episodes": prepared.spec.diagnostics.episodes,
@@ -72,17 +81,59 @@ class _Diagnoses:
             "dtype": prepared.spec.dtype,
         }
 
-    def fidelity(self) -> None:
-        """Every quantized arm of the study's own budget against float."""
-        left = [
-            name
-            for name, cell in self._prepared.cells.items()
-            if cell.kind == "quantized"
-            and not self._prepared.arm(name).budget()
-            and not self._is_made(self._path("fidelity", cell.id), cell.id)
-        ]
-        for begin in range(0, len(left), _TOGETHER):
-            self._fidelity(left[begin : begin + _TOGETHER])
+    def all(self) -> list[Diagnosis]:
+        """What the study asks for: its quantized arms of the study's own budget, its schemes."""
+        settings = self._prepared.spec.diagnostics
+        if not isinstance(self._prepared.planner, PopulationPlanner):
+            if settings.fidelity or settings.sensitivity:
+                logger.warning("no diagnoses: the planner has no population of candidates")
+            return []
+        found = []
+        if settings.fidelity:
+            arms = [
+                name
+                for name, cell in self._prepared.cells.items()
+                if cell.kind == "quantized" and not self._prepared.arm(name).budget()
+            ]
+            for begin in range(0, len(arms), _TOGETHER):
+                together = tuple(arms[begin : begin + _TOGETHER])
+                first = self._prepared.cells[together[0]].id
+                found.append(Diagnosis(f"fidelity-{first}", together))
+        for scheme in settings.sensitivity:
+            found.append(Diagnosis(f"sensitivity-{scheme}", scheme=scheme))
+        return found
+
+    def left(self) -> list[Diagnosis]:
+        """Those that are not made yet."""
+        return [one for one in self.all() if not self.is_made(one)]
+
+    def is_made(self, diagnosis: Diagnosis) -> bool:
+        """Whether all files of it are there, of this study as it is."""
+        return not self._missing(diagnosis)
+
+    def attempt(self, diagnosis: Diagnosis) -> bool:
+        """Make a diagnosis.
+
+        Returns:
+            False if another worker makes it.
+        """
+        with self._claims.held(diagnosis.claim) as free:
+            if not free:
+                return False
+            missing = self._missing(diagnosis)
+            if diagnosis.scheme is not None and missing:
+                self._sensitivity(diagnosis.scheme)
+            elif missing:
+                self._fidelity(missing)
+        return True
+
+    def _missing(self, diagnosis: Diagnosis) -> list[str]:
+        """Arms, or the scheme, whose file is not there."""
+        if diagnosis.scheme is not None:
+            path = self._path("sensitivity", diagnosis.scheme)
+            return [] if self._is_made(path, diagnosis.scheme) else [diagnosis.scheme]
+        ids = {name: self._prepared.cells[name].id for name in diagnosis.arms}
+        return [n for n, id in ids.items() if not self._is_made(self._path("fidelity", id), id)]
 
     def _fidelity(self, names: Sequence[str]) -> None:
         models: dict[str, WorldModel] = {name: self._work.model(name) for name in names}
@@ -111,11 +162,8 @@ class _Diagnoses:
         id = self._prepared.cells[name].id
         self._write(self._path("fidelity", id), id, content)
 
-    def sensitivity(self, scheme: str) -> None:
+    def _sensitivity(self, scheme: str) -> None:
         """Every layer alone at a scheme."""
-        path = self._path("sensitivity", scheme)
-        if self._is_made(path, scheme):
-            return
         found = self._staged(
             f"sensitivity to {scheme}",
             lambda update: diagnose_sensitivity(
@@ -127,7 +175,7 @@ class _Diagnoses:
                 **self._common,
             ),
         )
-        self._write(path, scheme, found.to_dict())
+        self._write(self._path("sensitivity", scheme), scheme, found.to_dict())
 
     def _path(self, kind: str, what: str) -> Path:
         return self._folder / f"{kind}-{what}.json"

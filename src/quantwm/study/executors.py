@@ -164,29 +164,42 @@ class Slurm:
     def run(
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
     ) -> None:
-        """Submit the reference arms, then all others, until nothing is left."""
-        first = [name for name in prepared.order if prepared.arm(name).plan is None]
+        """Submit the reference arms, then all others, until nothing is left; or the diagnoses."""
         show = _bar(progress, f"{self.cluster} jobs")
+        folder = ResultsFolder(job.folder)
 
-        def look() -> None:
-            show(*watch())
+        def left_of(names: Sequence[str]) -> Callable[[], list[Job]]:
+            def left() -> list[Job]:
+                still = [name for name in names if _is_open(name, prepared, folder)]
+                return [replace(job, arms=part) for part in batches(still, prepared, self.minutes)]
 
+            return left
+
+        def diagnoses_left() -> list[Job]:
+            done, total = watch()
+            return [job] * min(self.most_jobs, total - done)
+
+        first = [name for name in prepared.order if prepared.arm(name).plan is None]
+        others = [name for name in prepared.order if name not in first]
         try:
-            for names in (first, [name for name in prepared.order if name not in first]):
-                self._phase(names, job, prepared, look)
+            if job.stage == "diagnoses":
+                self._until_none_is_left(diagnoses_left, job, lambda: show(*watch()))
+            else:
+                for names in (first, others):
+                    self._until_none_is_left(left_of(names), job, lambda: show(*watch()))
         finally:
             if progress is not None:
                 progress.finish()
 
-    def _phase(
-        self, names: Sequence[str], job: Job, prepared: Prepared, look: Callable[[], None]
+    def _until_none_is_left(
+        self, left: Callable[[], Sequence[Job]], job: Job, look: Callable[[], None]
     ) -> None:
-        folder = ResultsFolder(job.folder)
+        """Submit jobs for what is left, again and again while something is."""
         for _ in range(ATTEMPTS):
-            left = [name for name in names if _is_open(name, prepared, folder)]
-            if not left:
+            jobs = left()
+            if not jobs:
                 return
-            submitted = self._submit(job, batches(left, prepared, self.minutes))
+            submitted = self._submit(job, jobs)
             while not all(one.done() for one in submitted):
                 time.sleep(job.poll)
                 look()
@@ -194,14 +207,16 @@ class Slurm:
             errors = [error for one in submitted if (error := one.exception()) is not None]
             if errors:
                 logger.warning("%d of %d jobs failed: %s", len(errors), len(submitted), errors[0])
-        left = [name for name in names if _is_open(name, prepared, folder)]
-        if left:
+        jobs = left()
+        if jobs:
+            arms = [name for one in jobs for name in one.arms or ()]
+            what = f"{len(arms)} arms ({', '.join(arms[:3])}{', …' * (len(arms) > 3)})"
             raise QuantWMError(
-                f"the jobs of {len(left)} arms ({', '.join(left[:3])}{', …' * (len(left) > 3)}) "
-                f"ended {ATTEMPTS} times without a result; their logs are in {self._logs(job)}"
+                f"the jobs of {what if arms else 'the diagnoses'} ended {ATTEMPTS} times without a "
+                f"result; their logs are in {self._logs(job)}"
             )
 
-    def _submit(self, job: Job, parts: Sequence[tuple[str, ...]]) -> Sequence[Any]:
+    def _submit(self, job: Job, parts: Sequence[Job]) -> Sequence[Any]:
         try:
             submitit = importlib.import_module("submitit")
         except ImportError as error:
@@ -211,9 +226,7 @@ class Slurm:
         if self.cluster == "slurm":
             settings["slurm_array_parallelism"] = self.most_jobs
         executor.update_parameters(**(settings | dict(self.parameters)))
-        jobs: Sequence[Any] = executor.map_array(
-            Resubmitted(), [replace(job, arms=part) for part in parts]
-        )
+        jobs: Sequence[Any] = executor.map_array(Resubmitted(), list(parts))
         return jobs
 
     def _logs(self, job: Job) -> Path:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from quantwm.compute import NUMERICS_VERSION, cpu_threads
+from quantwm.compute import NUMERICS_VERSION
 from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.arms import reference_arm
 from quantwm.study.claims import Claims
-from quantwm.study.diagnose import diagnose_study
+from quantwm.study.diagnose import Diagnoses
 from quantwm.study.environment import environment
 from quantwm.study.executors import Executor, InProcess, cores
 from quantwm.study.gate import gate_of
@@ -94,7 +94,7 @@ def run_study(
     run = _Run(prepared, folder, on_arm or (lambda _: None))
     run.write_config()
     run.forget_failures()
-    job = Job(prepared.spec, folder.path, None, world_model, task, planner)
+    job = Job(prepared.spec, folder.path, world_model=world_model, task=task, planner=planner)
     try:
         run.look()
         if run.left():
@@ -110,15 +110,35 @@ def run_study(
     run.check_complete()
     rows, summary = run.write_tables()
     try:
-        work = CellWork(prepared, folder, Claims(folder.claims), progress)
-        with cpu_threads(prepared.spec.threads):
-            diagnose_study(prepared, folder, work, progress)
+        _diagnose(replace(job, stage="diagnoses"), prepared, executor, progress)
     except KeyboardInterrupt as error:
         raise StudyInterrupted(
             f"interrupted; all {len(run.ids)} cells are finished, diagnoses are not: the same "
             "command goes on from there"
         ) from error
     return StudyResult(prepared.spec, folder.path, rows, summary)
+
+
+def _diagnose(
+    job: Job, prepared: Prepared, executor: Executor, progress: StudyProgress | None
+) -> None:
+    """Make what is missing of the diagnoses that a study asks for.
+
+    Raises:
+        QuantWMError: the workers stopped early.
+    """
+    folder = ResultsFolder(job.folder)
+    claims = Claims(folder.claims)
+    diagnoses = Diagnoses(prepared, folder, CellWork(prepared, folder, claims), claims)
+    count = len(diagnoses.left())
+    if count == 0:
+        return
+    executor.run(job, prepared, lambda: (count - len(diagnoses.left()), count), progress)
+    if left := diagnoses.left():
+        raise QuantWMError(
+            f"the workers stopped before {len(left)} of {count} diagnoses were made; all cells are "
+            f"finished and kept in {job.folder}: the same command goes on"
+        )
 
 
 class _Run:

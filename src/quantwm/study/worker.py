@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from quantwm.compute import NUMERICS_VERSION, cpu_threads, package_version, source_commit
 from quantwm.errors import MismatchError
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import HEARTBEAT, STALE, Claims
+from quantwm.study.diagnose import Diagnoses, Diagnosis
 from quantwm.study.gate import gate_of
 from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
@@ -19,6 +20,7 @@ from quantwm.study.work import CellWork, StudyProgress
 
 logger = logging.getLogger(__name__)
 
+Stage: TypeAlias = Literal["cells", "diagnoses", "all"]
 POLL = 1.0
 """Seconds between two looks at what other workers have finished."""
 
@@ -39,6 +41,7 @@ class Job:
     Attributes:
         spec: the study, resolved.
         folder: its results folder, on a drive that all workers share.
+        stage: "cells", "diagnoses", or "all": diagnoses once every cell is finished.
         arms: whose cells to compute; None for all.
         world_model, task, planner: in place of those that the study names.
         version: of the quantwm that wrote the job.
@@ -47,6 +50,7 @@ class Job:
 
     spec: StudySpec
     folder: Path
+    stage: Stage = "cells"
     arms: tuple[str, ...] | None = None
     world_model: WorldModel | None = None
     task: Task | None = None
@@ -64,7 +68,7 @@ class Job:
 
 
 def job_of(folder: str | Path) -> Job:
-    """The job that a results folder asks for: all of its study.
+    """The job that a results folder asks for: all of its study, diagnoses included.
 
     Raises:
         MismatchError: it holds no study.
@@ -78,7 +82,7 @@ def job_of(folder: str | Path) -> Job:
             "'quantwm study'"
         )
     version = record.get("version") or {}
-    return Job(StudySpec.from_dict(config), path, version=dict(version))
+    return Job(StudySpec.from_dict(config), path, "all", version=dict(version))
 
 
 def work(
@@ -90,13 +94,14 @@ def work(
 ) -> None:
     """Compute what is left of a job, sharing it with all other workers of its folder.
 
-    Returns when every cell of the job is finished or has failed, by this worker or another one.
+    Returns when all of it is finished or has failed, by this worker or another one. Where a cell
+    has failed, there are no diagnoses.
 
     Args:
         job: what to do.
         prepared: the job's study, if it is at hand.
         progress: shows how far it is.
-        on_cell: called after each cell that this worker is through with.
+        on_cell: called after each cell or diagnosis that this worker is through with.
 
     Raises:
         MismatchError: this is not the quantwm that wrote the job, or the folder holds the results
@@ -110,16 +115,47 @@ def work(
     check_folder(prepared, folder)
     claims = Claims(folder.claims, heartbeat=job.heartbeat, stale=job.stale)
     worker = CellWork(prepared, folder, claims, progress)
-    left = [name for name in prepared.order if job.arms is None or name in job.arms]
     with cpu_threads(prepared.spec.threads):
-        while left:
-            done = _first_possible(left, prepared, folder, worker)
-            if done is None:
-                time.sleep(job.poll)
-                continue
-            left.remove(done)
-            if on_cell is not None:
-                on_cell()
+        if job.stage != "diagnoses":
+            names = [name for name in prepared.order if job.arms is None or name in job.arms]
+            _until_none_is_left(
+                names, lambda left: _first_possible(left, prepared, folder, worker), job, on_cell
+            )
+        failed = any(folder.load_failure(cell.id) for cell in prepared.cells.values())
+        if job.stage != "cells" and not failed:
+            diagnoses = Diagnoses(prepared, folder, worker, claims, progress)
+            _until_none_is_left(
+                diagnoses.left(), lambda left: _first_made(left, diagnoses), job, on_cell
+            )
+
+
+Item = TypeVar("Item")
+
+
+def _until_none_is_left(
+    items: Sequence[Item],
+    first_done: Callable[[Sequence[Item]], Item | None],
+    job: Job,
+    on_done: Callable[[], object] | None,
+) -> None:
+    """Do items, in any order that other workers leave, until all are done by anyone."""
+    left = list(items)
+    while left:
+        done = first_done(left)
+        if done is None:
+            time.sleep(job.poll)
+            continue
+        left.remove(done)
+        if on_done is not None:
+            on_done()
+
+
+def _first_made(left: Sequence[Diagnosis], diagnoses: Diagnoses) -> Diagnosis | None:
+    """The first diagnosis that is there, or could be made now."""
+    for diagnosis in left:
+        if diagnoses.is_made(diagnosis) or diagnoses.attempt(diagnosis):
+            return diagnosis
+    return None
 
 
 def check_version(job: Job) -> None:
