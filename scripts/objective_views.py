@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from objective_support import VIEW, latents, model_of
 from quantwm.envs import get_task
-from quantwm.models.checkpoint import new_world_model
-from quantwm.models.config import DINOWMConfig
 from quantwm.seeds import episode_seeds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task")
-    parser.add_argument("models", nargs="+", metavar="IMAGE_SIZE:TOKEN_POOL")
+    parser.add_argument("models", nargs="+", metavar=VIEW)
     parser.add_argument("--goals", type=int, default=12)
     parser.add_argument("--states", type=int, default=60)
     arguments = parser.parse_args()
@@ -39,40 +38,22 @@ def main() -> None:
     distances = task.distance(states[None], goals[:, None])
     nearest = np.argsort(distances, axis=1)[:, : max(1, arguments.states // 10)]
     print(" model  tokens  rank correlation   near    far  ms a frame")
-    for model in arguments.models:
-        size, _, pool = model.partition(":")
-        config = DINOWMConfig(
-            task.name,
-            task.action_dim,
-            task.proprio_dim,
-            image_size=int(size),
-            token_pool=int(pool or 1),
-        )
+    for view in arguments.models:
+        world_model = model_of(view, task)
         begin = time.perf_counter()
-        tokens = _tokens(new_world_model(config), task, np.concatenate([goals, states]))
+        tokens = latents(world_model, task, np.concatenate([goals, states])).flatten(1)
         milliseconds = 1000 * (time.perf_counter() - begin) / len(tokens)
         squares = torch.cdist(tokens[: len(goals)], tokens[len(goals) :]) ** 2
         costs = (squares / tokens.shape[1]).numpy()
         ranks = [spearmanr(*pair).statistic for pair in zip(costs, distances, strict=True)]
         close = np.zeros(costs.shape, bool)
         np.put_along_axis(close, nearest, True, axis=1)
-        near, far = costs[close].mean(), costs[~close].mean()
+        near, far, count = costs[close].mean(), costs[~close].mean(), world_model.config.num_patches
         print(
-            f"{model:>6} {config.num_patches:7} {np.mean(ranks):17.2f} {near:6.3f} {far:6.3f} "
+            f"{view:>6} {count:7} {np.mean(ranks):17.2f} {near:6.3f} {far:6.3f} "
             f"{milliseconds:11.0f}",
             flush=True,
         )
-
-
-@torch.inference_mode()
-def _tokens(world_model, task, states):
-    """Latents (states, P·D), a few frames at a time."""
-    visual = task.observe(states[:, None], {})["visual"][:, 0]
-    parts = [
-        world_model.encode_images(world_model.preprocess(visual[begin : begin + 8]))
-        for begin in range(0, len(visual), 8)
-    ]
-    return torch.cat(parts).flatten(1)
 
 
 if __name__ == "__main__":

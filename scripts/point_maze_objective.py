@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from scipy.spatial import KDTree
 
+from objective_support import VIEW, latents, model_of
 from quantwm.envs import get_task
 from quantwm.evaluation import evaluate_oracle
-from quantwm.models.checkpoint import new_world_model
-from quantwm.models.config import DINOWMConfig
 from quantwm.models.dino_wm import DINOWM
 from quantwm.seeds import episode_seeds
 
@@ -65,7 +64,7 @@ class WithoutFrames:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="IMAGE_SIZE:TOKEN_POOL")
+    parser.add_argument("models", nargs="+", metavar=VIEW)
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--episodes", type=int, default=48)
     parser.add_argument("--iterations", type=int, nargs="+", default=[6])
@@ -87,18 +86,10 @@ def main() -> None:
         "device": "cpu",
         "dtype": "float32",
     }
-    for number, model in enumerate(arguments.models):
-        size, _, pool = model.partition(":")
-        config = DINOWMConfig(
-            task.name,
-            task.action_dim,
-            task.proprio_dim,
-            image_size=int(size),
-            token_pool=int(pool or 1),
-            proprio_weight=0.0,
-            **statistics,
+    for number, view in enumerate(arguments.models):
+        world_model = _looked_up(
+            model_of(view, task, proprio_weight=0.0, **statistics), task, states
         )
-        world_model = _looked_up(config, task, states)
         left_out = world_model.lookup(states[:LEFT_OUT, :2], skip=1)
         error = (left_out - world_model.latents[:LEFT_OUT]).square().mean()
         error /= world_model.latents.var(0).mean()
@@ -110,23 +101,18 @@ def main() -> None:
                 print(f"oracle-state, {iterations} iterations: {found}", flush=True)
             found = evaluate_oracle("oracle-latent", WithoutFrames(task), **settings)
             print(
-                f"{model}, {config.num_patches} tokens, lookup error {error:.3f}, "
+                f"{view}, {world_model.config.num_patches} tokens, lookup error {error:.3f}, "
                 f"{iterations} iterations: {found}",
                 flush=True,
             )
 
 
-@torch.inference_mode()
-def _looked_up(config, task, states):
-    """A model of the configuration, with latents of the states at rest to look up."""
-    world_model = new_world_model(config)
+def _looked_up(world_model, task, states):
+    """The model with latents of the states at rest to look up."""
     resting = np.concatenate([states[:, :2], np.zeros((len(states), 2))], axis=1)
-    parts = []
-    for begin in range(0, len(resting), 8):
-        visual = task.observe(resting[begin : begin + 8, None], {})["visual"][:, 0]
-        parts.append(world_model.encode_images(world_model.preprocess(visual)))
+    found = latents(world_model, task, resting)
     world_model.__class__ = LookedUp
-    world_model.latents, world_model.tree = torch.cat(parts), KDTree(states[:, :2])
+    world_model.latents, world_model.tree = found, KDTree(states[:, :2])
     return world_model
 
 

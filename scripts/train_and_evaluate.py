@@ -29,9 +29,13 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=4000)
     parser.add_argument("--validation", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--train", nargs="*", default=[], help="further options of quantwm train")
+    parser.add_argument(
+        "--train", nargs="*", default=[], metavar="OPTION=VALUE", help="of quantwm train: seed=1"
+    )
     parser.add_argument("--arms", default="oracle-state,float,w8a8,w4g128,w4")
-    parser.add_argument("--study", nargs="*", default=[], help="further settings of the study")
+    parser.add_argument(
+        "--study", nargs="*", default=[], metavar="KEY=VALUE", help="of the study: threads=1"
+    )
     parser.add_argument("--block", default="tuning")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--keep-model", action="store_true")
@@ -55,7 +59,7 @@ def main() -> None:
     quantwm("collect", task, "--out", work / "data", *counts)
     folders = ("--data", work / "data", "--out", work / "run", "--cache", work / "latents")
     scale = ("--scale", arguments.scale, "--steps", arguments.steps)
-    quantwm("train", task, *folders, *scale, *arguments.train)
+    quantwm("train", task, *folders, *scale, *(f"--{option}" for option in arguments.train))
     shutil.copy(work / "run/curve.jsonl", out)
     shutil.copy(model / "quantwm.json", out)
     if arguments.keep_model:

@@ -42,6 +42,7 @@ from quantwm.models.encoder_weights import (
     find_encoder,
     open_encoder,
 )
+from quantwm.training import pipeline
 from quantwm.training.pipeline import model_config, train_task
 from quantwm.training.train import TrainingSettings
 
@@ -304,3 +305,30 @@ def test_the_command_line_downloads_unless_told_not_to(caches, tiny, data, monke
     assert done.exit_code == 0, done.output
     assert torch_file(caches).read_bytes() == tiny.read_bytes()
     assert loading.load(caches / "run/model").config.encoder == TINY
+
+
+def test_a_finished_run_gets_a_decoder_that_draws(caches, tiny, data, monkeypatch):
+    write(torch_file(caches), tiny_state(7))
+    monkeypatch.setitem(
+        pipeline.DECODER_SIZES, "compact", {"channel": 8, "n_res_block": 1, "n_res_channel": 4}
+    )
+    command = ["train", "wall", "--data", str(data), "--out", str(caches / "run")]
+    command += ["--encoder", "dinov2_vitb14", "--steps", "1", "--batch-size", "2"]
+    command += ["--device", "cpu"]
+    imagine = ["imagine", str(caches / "run/model"), "--out", str(caches / "x.png")]
+    imagine += ["--episodes", "1", "--steps", "2"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    plain = dict(loading.load(caches / "run/model").named_parameters())
+    assert "no decoder" in CliRunner().invoke(app, imagine).output
+
+    done = CliRunner().invoke(app, [*command, "--decoder", "vqvae", "--decoder-steps", "2"])
+    assert done.exit_code == 0, done.output
+    assert len((caches / "run/decoder/curve.jsonl").read_text().splitlines()) == 1
+    drawing = loading.load(caches / "run/model")
+    assert drawing.config.decoder.channel == 8
+    assert_same({k: v for k, v in drawing.named_parameters() if k in plain}, plain)
+    assert CliRunner().invoke(app, imagine).exit_code == 0
+    assert (caches / "x.png").stat().st_size > 0
+    refused = CliRunner().invoke(app, [*command, "--decoder", "vqgan"])
+    assert refused.exit_code == 2
+    assert "vqvae" in refused.output

@@ -202,7 +202,9 @@ def calibrate(
     resolved_task = get_task(task) if isinstance(task, str) else task
     check_fits(world_model, resolved_task)
     planner = planner or default_planner(resolved_task.name)
-    iterations = default_iterations() if mpc_iterations is None else mpc_iterations
+    iterations = mpc_iterations
+    if iterations is None:
+        iterations = default_iterations(resolved_task.name)
     resolved_device = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, resolved_device)
     placed_model = placed(world_model, resolved_device, compute_dtype)

@@ -103,7 +103,7 @@ def evaluate(
         episodes: how many, 1 to 4,096.
         seed, block: which.
         planner: default: the compact settings for the task.
-        mpc_iterations: plans an episode gets at most; default 6.
+        mpc_iterations: plans an episode gets at most; default: the task's.
         baseline: evaluated alike, to compare with pair by pair.
         device, dtype: "auto" takes a GPU where there is one, and bfloat16 where it is native.
         batch_size: episodes planned together; default all. Changes no row.
@@ -268,7 +268,7 @@ class _Settings:
         resolved_task = get_task(task) if isinstance(task, str) else task
         resolved_device = resolve_device(device)
         seeds = episode_seeds(block, seed, episodes)
-        iterations = default_iterations() if iterations is None else iterations
+        iterations = default_iterations(resolved_task.name) if iterations is None else iterations
         batch_size = episodes if batch_size is None else batch_size
         if iterations < 1 or batch_size < 1:
             raise UsageError(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from quantwm.errors import MissingStatisticsError
+from quantwm.errors import MissingStatisticsError, UsageError
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -59,14 +59,38 @@ class ActionSpec:
         Raises:
             MissingStatisticsError: the model carries no action statistics.
         """
+        mean, std = self._statistics()
+        raw = actions.detach().to("cpu", torch.float32).numpy().astype(np.float64)
+        raw = raw.reshape(*raw.shape[:-2], raw.shape[-2] * self.frameskip, self.dim)
+        return np.asarray(raw * std + mean, np.float64)
+
+    def normalize(self, raw: FloatArray) -> Tensor:
+        """Raw actions (..., H·frameskip, dim) → normalised model actions (..., H, frameskip·dim).
+
+        Returns:
+            float32, on the CPU.
+
+        Raises:
+            MissingStatisticsError: the model carries no action statistics.
+            UsageError: they are no whole number of model actions.
+        """
+        mean, std = self._statistics()
+        steps, rest = divmod(raw.shape[-2], self.frameskip)
+        if rest:
+            raise UsageError(
+                f"{raw.shape[-2]} actions are no multiple of the model's frameskip of "
+                f"{self.frameskip}"
+            )
+        normalized = (raw - mean) / std
+        return torch.from_numpy(normalized.reshape(*raw.shape[:-2], steps, self.model_dim)).float()
+
+    def _statistics(self) -> tuple[FloatArray, FloatArray]:
         if self.mean is None or self.std is None:
             raise MissingStatisticsError(
                 "this world model carries no action statistics, so its plans cannot be executed; "
                 "give the data set it was trained on, or a statistics file, when loading it"
             )
-        raw = actions.detach().to("cpu", torch.float32).numpy().astype(np.float64)
-        raw = raw.reshape(*raw.shape[:-2], raw.shape[-2] * self.frameskip, self.dim)
-        return np.asarray(raw * np.asarray(self.std) + np.asarray(self.mean), np.float64)
+        return np.asarray(self.mean), np.asarray(self.std)
 
 
 GroupKind: TypeAlias = Literal["linear", "patch_embedding", "attention_matmul"]

@@ -107,9 +107,7 @@ def encode_split(
 def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:
     size = len(visual)
     if world_model.device.type == "cpu":
-        config = world_model.config
-        patches = (config.image_size // config.encoder.patch_size) ** 2
-        size = max(1, _CPU_TOKENS // patches)
+        size = max(1, _CPU_TOKENS // world_model.config.image_patches)
     with torch.inference_mode(), fast_products(world_model.device):
         parts = [
             world_model.encode_images(world_model.preprocess(visual[begin : begin + size])).half()

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from quantwm.compute import device_of
 from quantwm.data.collect import Scripted
-from quantwm.errors import MissingStatisticsError, UsageError
+from quantwm.errors import UsageError
 from quantwm.models.dino_wm import DINOWM
 from quantwm.protocols import FloatArray, Layout, Task
 from quantwm.seeds import episode_seeds
@@ -78,21 +78,10 @@ def imagined_frames(world_model: DINOWM, excerpts: Excerpts, side: int = SIDE) -
         UsageError: it has no decoder, or the excerpts are no whole number of model actions.
         MissingStatisticsError: it carries no statistics to normalise actions with.
     """
-    spec = world_model.action_spec
-    if spec.mean is None or spec.std is None:
-        raise MissingStatisticsError(
-            "this world model carries no action statistics: give its data set or a statistics "
-            "file when loading it"
-        )
-    count, steps = excerpts.actions.shape[:2]
-    if steps % spec.frameskip:
-        raise UsageError(f"{steps} actions are no multiple of the model's {spec.frameskip}")
+    actions = world_model.action_spec.normalize(excerpts.actions)[:, None]
     first = excerpts.task.observe(excerpts.states[:, :1], excerpts.layout)
-    normalized = (excerpts.actions - np.asarray(spec.mean)) / np.asarray(spec.std)
-    actions = normalized.reshape(count, 1, steps // spec.frameskip, spec.model_dim)
-    device = device_of(world_model)
     latent = world_model.encode(first)
-    rolled = world_model.rollout(latent, torch.from_numpy(actions).float().to(device))
+    rolled = world_model.rollout(latent, actions.to(device_of(world_model)))
     return world_model.decode(rolled["visual"][:, 0], side).cpu().numpy()
 
 

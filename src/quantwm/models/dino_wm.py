@@ -88,7 +88,7 @@ class DINOWM(nn.Module):
     def preprocess(self, visual: Any) -> Tensor:
         """Raw frames (..., H, W, 3) uint8 → encoder input (..., 3, S, S), float32.
 
-        Scaled to [0, 1], normalised with mean 0.5 and standard deviation 0.5, resized.
+        Scaled to [0, 1], normalised with the configuration's `pixel_mean` and `pixel_std`, resized.
         """
         frames = torch.as_tensor(visual).to(self.device)
         lead = frames.shape[:-3]

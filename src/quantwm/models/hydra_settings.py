@@ -236,7 +236,7 @@ class _Reader:
             )
             return DecoderConfig("vqvae", channel, blocks, hidden, codes, quantize=bool(quantize))
         if target == "models.decoder.transposed_conv.TransposedConvDecoder":
-            observed = self._get("decoder.observation_shape", [3, size, size])
+            observed = self._get("decoder.observation_shape", [3, RENDERED_SIZE, RENDERED_SIZE])
             if observed != [3, size, size]:
                 self._problems.append(
                     f"decoder.observation_shape is {_shown(observed)}; quantwm's decoders make "

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from quantwm.models.hydra_settings import PROPRIO_WEIGHTS
 from quantwm.models.saved_tensors import (
     Tensors,
     check_attention,
+    contradictions,
+    listed,
     predictor_tensors,
     read_tensors,
     tensors_of,
@@ -137,15 +139,15 @@ def _split(tensors: Tensors, path: Path) -> dict[str, Tensors]:
 def _encoder(
     archive: TorchArchive, references: Tensors, world_model: DINOWM, path: Path
 ) -> dict[str, Tensor]:
-    """Hugging Face's tensors under Meta's names, shapes compared before anything is read."""
+    """Hugging Face's tensors under Meta's names; none is read that is larger than ours."""
     expected = {
         name.removeprefix("encoder."): tuple(value.shape)
         for name, value in world_model.state_dict().items()
         if name.startswith("encoder.")
     }
-    most = max(_numel(shape) for shape in expected.values())
+    most = max(prod(shape) for shape in expected.values())
     if len(references) > 4 * len(expected) or any(
-        _numel(reference.shape) > most for reference in references.values()
+        prod(reference.shape) > most for reference in references.values()
     ):
         raise CorruptFileError(f"{path}: its backbone is larger than {SETTINGS_FILE}'s encoder")
     stored = {
@@ -153,25 +155,13 @@ def _encoder(
         for name, reference in references.items()
     }
     named = to_meta_names(stored)
-    problems = [f"missing: {name}" for name in expected if name not in named]
-    problems += [f"unexpected: {name[:100]}" for name in named if name not in expected]
-    problems += [
-        f"{name}: {tuple(value.shape)}, the settings make {expected[name]}"
-        for name, value in named.items()
-        if tuple(value.shape) != expected.get(name, tuple(value.shape))
-    ]
+    problems = contradictions(expected, {name: tuple(v.shape) for name, v in named.items()})
     problems += [f"{name}: NaN or infinite" for name, v in named.items() if not v.isfinite().all()]
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems[:20])
-        raise CorruptFileError(f"{path}: its backbone is not {SETTINGS_FILE}'s encoder:\n{listed}")
+        raise CorruptFileError(
+            f"{path}: its backbone is not {SETTINGS_FILE}'s encoder:\n{listed(problems)}"
+        )
     return {f"encoder.{name}": value for name, value in named.items()}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _config(

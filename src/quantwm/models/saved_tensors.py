@@ -5,6 +5,7 @@ is built and how much memory it takes.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quantwm.models.safe_pickle import Inert, TensorRef
 from quantwm.models.torch_archive import TorchArchive
 
 Tensors = dict[str, TensorRef]
+Shape = tuple[int, ...]
 
 _WEIGHTS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _MASK = re.compile(r"^(?:transformer\.)?layers\.\d+\.(?:0|attn)\.bias$")
@@ -82,22 +84,36 @@ def read_tensors(
     expected = {name: tuple(value.shape) for name, value in world_model.state_dict().items()}
     if not any(name.startswith("encoder.") for name in references):
         expected = {k: v for k, v in expected.items() if not k.startswith("encoder.")}
-    problems = [f"missing: {name}" for name in expected if name not in references]
-    problems += [f"unexpected: {name[:100]}" for name in references if name not in expected]
-    for name, reference in references.items():
-        if reference.shape != expected.get(name, reference.shape):
-            problems.append(f"{name}: {reference.shape}, the settings make {expected[name]}")
-        if reference.storage.dtype not in _WEIGHTS:
-            problems.append(f"{name[:100]}: weights of type {reference.storage.dtype}")
+    problems = contradictions(expected, {name: r.shape for name, r in references.items()})
+    problems += [
+        f"{name[:100]}: weights of type {reference.storage.dtype}"
+        for name, reference in references.items()
+        if reference.storage.dtype not in _WEIGHTS
+    ]
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems[:20])
         raise CorruptFileError(
-            f"{path} contradicts {settings} ({len(problems)} differences):\n{listed}"
+            f"{path} contradicts {settings} ({len(problems)} differences):\n{listed(problems)}"
         )
     state = {name: archive.tensor(reference).float() for name, reference in references.items()}
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
         raise CorruptFileError(f"{path}: {', '.join(broken[:5])} hold NaN or infinite weights")
     return state
+
+
+def contradictions(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """Names and shapes in which a file differs from what its settings make, a line each."""
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name[:100]}" for name in found if name not in expected]
+    return problems + [
+        f"{name}: {shape}, the settings make {expected[name]}"
+        for name, shape in found.items()
+        if shape != expected.get(name, shape)
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    """The first twenty, a line each."""
+    return "\n".join(f"  - {problem}" for problem in problems[:20])
 
 
 def _walk(part: Inert, name: str, path: Path) -> list[tuple[tuple[str, ...], Any]]:

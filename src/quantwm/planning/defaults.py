@@ -41,7 +41,10 @@ _BY_TASK: Mapping[tuple[Scale, str], tuple[AnyPlanner, ...]] = {
     ),
     ("paper", "pusht"): (CEM(steps=30), ICEM(steps=30), MPPI(steps=30)),
 }
+# PointMaze's ball keeps its speed, and far from the goal its objective says little: the true
+# dynamics, too, reach more goals in twelve replans than in six (docs/tasks.md).
 _ITERATIONS: Mapping[Scale, int] = {"compact": 6, "paper": 50}
+_ITERATIONS_BY_TASK: Mapping[tuple[Scale, str], int] = {("compact", "point_maze"): 12}
 
 
 def default_planner(task_name: str, scale: Scale = "compact", name: str = CEM.name) -> AnyPlanner:
@@ -62,6 +65,12 @@ def default_planner(task_name: str, scale: Scale = "compact", name: str = CEM.na
     return next(planner for planner in choices if isinstance(planner, wanted))
 
 
-def default_iterations(scale: Scale = "compact") -> int:
-    """Receding-horizon iterations after which an episode counts as failed."""
-    return _ITERATIONS[scale]
+def default_iterations(task_name: str, scale: Scale = "compact") -> int:
+    """Receding-horizon iterations after which an episode counts as failed.
+
+    Raises:
+        UsageError: an unknown scale.
+    """
+    if scale not in get_args(Scale):
+        raise unknown_name("planner scale", scale, get_args(Scale))
+    return _ITERATIONS_BY_TASK.get((scale, task_name), _ITERATIONS[scale])

@@ -74,6 +74,7 @@ class Diagnoses:
         self._prepared, self._work, self._progress = prepared, work, progress
         self._claims = claims
         self._folder = folder.path / "diagnostics"
+        self._study = {k: str(v) for k, v in prepared.definition().items()}
         self._common: dict[str, Any] = {
             "episodes": prepared.spec.diagnostics.episodes,
             "planner": prepared.planner,
@@ -188,7 +189,7 @@ class Diagnoses:
                 "of": what,
                 "episodes": self._prepared.spec.diagnostics.episodes,
                 "calibration": self._prepared.calibration,
-                "study": {k: str(v) for k, v in self._prepared.definition().items()},
+                "study": self._study,
             }
         )
 

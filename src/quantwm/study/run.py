@@ -130,11 +130,18 @@ def _diagnose(
     folder = ResultsFolder(job.folder)
     claims = Claims(folder.claims)
     diagnoses = Diagnoses(prepared, folder, CellWork(prepared, folder, claims), claims)
-    count = len(diagnoses.left())
+    left = diagnoses.left()
+    count = len(left)
+
+    def look() -> tuple[int, int]:
+        left[:] = [one for one in left if not diagnoses.is_made(one)]
+        return count - len(left), count
+
     if count == 0:
         return
-    executor.run(job, prepared, lambda: (count - len(diagnoses.left()), count), progress)
-    if left := diagnoses.left():
+    executor.run(job, prepared, look, progress)
+    look()
+    if left:
         raise QuantWMError(
             f"the workers stopped before {len(left)} of {count} diagnoses were made; all cells are "
             f"finished and kept in {job.folder}: the same command goes on"

@@ -85,7 +85,8 @@ class StudySpec:
         episodes: episodes an arm; every arm meets the same.
         seed: which episodes of the block.
         block: the seed block (`quantwm.seeds.BLOCKS`).
-        mpc_iterations: replans an episode at most.
+        mpc_iterations: replans an episode at most; where none are given, the task's default of
+            the planner's preset.
         planner: planner settings that differ from the default planner of the task; the key
             `preset` ("compact" or "paper") picks which default.
         calibration: for the arms that need one.
@@ -105,7 +106,7 @@ class StudySpec:
     episodes: int = 50
     seed: int = 1
     block: SeedBlock = "evaluation"
-    mpc_iterations: int = field(default_factory=default_iterations)
+    mpc_iterations: int = None  # type: ignore[assignment]  # an integer once it is built
     planner: Mapping[str, Any] = field(default_factory=dict)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     diagnostics: DiagnosticsSettings = field(default_factory=DiagnosticsSettings)
@@ -122,6 +123,9 @@ class StudySpec:
         _check_text("name", self.name)
         _check_integer("episodes", self.episodes, 1, MAX_EPISODES)
         _check_integer("seed", self.seed, 0, MAX_SEED - 1)
+        if self.mpc_iterations is None:
+            own = default_iterations(self.task["name"], self.planner.get("preset", "compact"))
+            object.__setattr__(self, "mpc_iterations", own)
         _check_integer("mpc_iterations", self.mpc_iterations, 1)
         if self.block not in BLOCKS:
             raise unknown_name("seed block", str(self.block), BLOCKS)

@@ -5,10 +5,6 @@ predicted ones, and no gradient reaches what made the latents. There both are tr
 which for the decoder is the same but for the predictor's being unfinished at first.
 """
 
-import json
-import logging
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +17,17 @@ from torch.nn import functional as F
 from quantwm.compute import fast_products
 from quantwm.data.latents import FrameIndex
 from quantwm.data.sources import Split
-from quantwm.errors import NonFiniteError, UsageError
+from quantwm.errors import UsageError
 from quantwm.fingerprint import model_hash
 from quantwm.models.decoder import new_decoder
 from quantwm.models.dino_wm import DINOWM
 from quantwm.seeds import keyed_generator
 from quantwm.training.batches import Windows
+from quantwm.training.loop import Report, Schedule, optimize
 from quantwm.training.state import TrainingState
-
-logger = logging.getLogger(__name__)
 
 _SHUFFLE = 4
 _VALIDATED = 64
-Report = Callable[[int, int, dict[str, float]], None]
-"""(step, of how many, figures)"""
 
 
 @dataclass(frozen=True)
@@ -117,41 +110,34 @@ def train_decoder(
         "weights": model_hash(world_model),
     }
     state.resume(folder, identity)
-    side = _side(world_model, windows)
-    while state.step < settings.steps:
+
+    def loss() -> Tensor:
         generator = keyed_generator(settings.seed, _SHUFFLE, state.step)
         chosen = np.sort(generator.choice(len(windows), settings.batch_size))
-        loss = _loss(world_model, windows, frames, chosen, side)
-        figures = {"loss": loss.item()}
-        if not math.isfinite(figures["loss"]):
-            raise NonFiniteError(
-                f"the decoder's loss is {figures['loss']} at step {state.step}; lower the "
-                "learning rate"
-            )
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        state.apply_gradients(settings.learning_rate, clip=1.0)
-        last = state.step == settings.steps
-        if last or state.step % settings.checkpoint_every == 0:
-            state.swap()
-            figures["validation"] = _validate(world_model, *validation, side)
-            state.swap()
-            with (folder / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps({"step": state.step, **figures}) + "\n")
-            logger.info("decoder, step %d: %s", state.step, figures)
-            state.save(folder, identity)
-        if report is not None:
-            report(state.step, settings.steps, figures)
-    state.swap()
+        return _loss(world_model, windows, frames, chosen)
+
+    optimize(
+        state,
+        Schedule(
+            settings.steps,
+            lambda _: settings.learning_rate,
+            clip=1.0,
+            validate_every=settings.checkpoint_every,
+            checkpoint_every=settings.checkpoint_every,
+        ),
+        loss,
+        lambda: {"validation": _validate(world_model, *validation)},
+        folder,
+        identity,
+        name="decoder",
+        report=report,
+    )
 
 
-def _loss(
-    world_model: DINOWM, windows: Windows, frames: Frames, chosen: np.ndarray, side: int
-) -> Tensor:
+def _loss(world_model: DINOWM, windows: Windows, frames: Frames, chosen: np.ndarray) -> Tensor:
     """Mean squared error of pictures of a window's second frame, encoded and predicted."""
     assert world_model.decoder is not None
     batch = windows.batch(chosen).to(world_model.device)
-    target = frames.images(windows.starts[chosen] + 1, side)
     with fast_products(world_model.device):
         with torch.no_grad():
             latent = {
@@ -161,20 +147,13 @@ def _loss(
             imagined = world_model.rollout(latent, batch.actions[:, None, :1])["visual"][:, 0, 1]
         latents = torch.cat([batch.visual[:, 1], imagined])
         drawn = world_model.decoder(latents)
+    target = frames.images(windows.starts[chosen] + 1, drawn.shape[-1])
     return F.mse_loss(drawn.float(), target.repeat(2, 1, 1, 1))
 
 
 @torch.no_grad()
-def _validate(world_model: DINOWM, windows: Windows, frames: Frames, side: int) -> float:
+def _validate(world_model: DINOWM, windows: Windows, frames: Frames) -> float:
     chosen = np.linspace(0, len(windows) - 1, min(_VALIDATED, len(windows))).astype(np.int64)
     parts = np.array_split(chosen, max(1, len(chosen) // 16))
-    losses = [_loss(world_model, windows, frames, part, side).item() * len(part) for part in parts]
+    losses = [_loss(world_model, windows, frames, part).item() * len(part) for part in parts]
     return sum(losses) / len(chosen)
-
-
-@torch.no_grad()
-def _side(world_model: DINOWM, windows: Windows) -> int:
-    """Of the pictures that the decoder draws."""
-    assert world_model.decoder is not None
-    batch = windows.batch(np.zeros(1, np.int64)).to(world_model.device)
-    return int(world_model.decoder(batch.visual[:, 0]).shape[-1])

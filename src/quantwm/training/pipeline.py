@@ -22,8 +22,9 @@ from quantwm.protocols import Task
 from quantwm.training.batches import Windows
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import initialize
+from quantwm.training.loop import Report
 from quantwm.training.loss import window_length
-from quantwm.training.train import Report, TrainingSettings, train
+from quantwm.training.train import TrainingSettings, train
 
 MODEL_FOLDER = "model"
 """Where in a run's folder the finished model is."""
@@ -46,7 +47,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
         },
         "point_maze": {
-            "image_size": 98,
+            "image_size": 112,
             "num_hist": 3,
             "proprio_weight": 0.0,
             "predictor": PredictorConfig(2, 4, 64, 512, dropout=0.0),

@@ -1,22 +1,20 @@
-"""The predictor's training loop: resumable, bit-reproducible from its step number."""
+"""Training the predictor: resumable, bit-reproducible from its step number."""
 
-import json
-import logging
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quantwm.compute import fast_products
-from quantwm.errors import NonFiniteError, UsageError
+from quantwm.errors import UsageError
 from quantwm.models.dino_wm import DINOWM
-from quantwm.training.batches import Batch, Windows
+from quantwm.training.batches import Windows
 from quantwm.training.initialization import trainable
+from quantwm.training.loop import Report, Schedule, optimize
 from quantwm.training.loss import validate, window_loss
 from quantwm.training.state import TrainingState
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,6 @@ class TrainingSettings:
             raise UsageError("steps, batch_size and unroll must be at least 1")
         if self.proprio_weight is not None and not self.proprio_weight >= 0:
             raise UsageError(f"proprio_weight must not be negative, got {self.proprio_weight}")
-
-
-Report = Callable[[int, int, dict[str, float]], None]
-"""(step, of how many, figures)"""
 
 
 def train(
@@ -104,41 +98,29 @@ def train(
     state.resume(folder, identity)
     world_model.train()
     batches = windows.shuffled(settings.batch_size, settings.seed, state.step)
-    while state.step < settings.steps:
-        figures = {"loss": _step(world_model, next(batches), state, settings)}
-        last = state.step == settings.steps
-        if last or state.step % settings.validate_every == 0:
-            state.swap()
-            figures |= validate(world_model, validation)
-            state.swap()
-            with (folder / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps({"step": state.step, **figures}) + "\n")
-            logger.info("step %d: %s", state.step, figures)
-        if last or state.step % settings.checkpoint_every == 0:
-            state.save(folder, identity)
-        if report is not None:
-            report(state.step, settings.steps, figures)
-    state.swap()
+
+    def loss() -> Tensor:
+        batch = next(batches).to(world_model.device)
+        with fast_products(world_model.device):
+            return window_loss(world_model, batch, settings.unroll, settings.proprio_weight)
+
+    optimize(
+        state,
+        Schedule(
+            settings.steps,
+            lambda step: _learning_rate(step, settings),
+            settings.clip,
+            settings.validate_every,
+            settings.checkpoint_every,
+        ),
+        loss,
+        lambda: validate(world_model, validation),
+        folder,
+        identity,
+        name="predictor",
+        report=report,
+    )
     return world_model.eval()
-
-
-def _step(
-    world_model: DINOWM, batch: Batch, state: TrainingState, settings: TrainingSettings
-) -> float:
-    """One optimiser step; returns the loss."""
-    with fast_products(world_model.device):
-        loss = window_loss(
-            world_model, batch.to(world_model.device), settings.unroll, settings.proprio_weight
-        )
-    value = loss.item()
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the training loss is {value} at step {state.step}; lower the learning rate"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    state.apply_gradients(_learning_rate(state.step, settings), settings.clip)
-    return value
 
 
 def _learning_rate(step: int, settings: TrainingSettings) -> float:
