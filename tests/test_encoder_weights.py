@@ -25,6 +25,7 @@ from quantwm import loading
 from quantwm.cli import app
 from quantwm.data.collect import collect
 from quantwm.data.statistics import Statistics
+from quantwm.describe import describe
 from quantwm.envs import Wall
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError, UsageError
 from quantwm.models import encoder_weights
@@ -329,6 +330,7 @@ def test_a_finished_run_gets_a_decoder_that_draws(caches, tiny, data, monkeypatc
     assert_same({k: v for k, v in drawing.named_parameters() if k in plain}, plain)
     assert CliRunner().invoke(app, imagine).exit_code == 0
     assert (caches / "x.png").stat().st_size > 0
+    assert describe(str(caches / "run/model"))["parameters"]["decoder"] > 0
     refused = CliRunner().invoke(app, [*command, "--decoder", "vqgan"])
     assert refused.exit_code == 2
     assert "vqvae" in refused.output

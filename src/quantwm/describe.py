@@ -100,7 +100,8 @@ def _describe_model(source: str, task: str | None) -> dict[str, Any]:
     record = quantization_of(world_model)
     sizes = {
         part: sum(p.numel() for n, p in world_model.named_parameters() if n.startswith(part))
-        for part in ("encoder.", "predictor.")
+        for part in ("encoder.", "predictor.", "decoder.")
+        if part != "decoder." or world_model.config.decoder is not None
     }
     kind = "world model, float" if record is None else "world model, quantized"
     if source not in bundled_names():
