@@ -49,6 +49,9 @@ def train(
         Path | None, typer.Option(help="Folder for cached latents (GBs); default OUT/latents.")
     ] = None,
     scale: Annotated[str, typer.Option(help="compact or paper.")] = "compact",
+    init: Annotated[
+        str | None, typer.Option(help="A float world model, or its folder, to go on from.")
+    ] = None,
     encoder: Annotated[
         str,
         typer.Option(help="dinov2_vits14, dinov2_vitb14, facebook/dinov2-small, or a file."),
@@ -62,6 +65,9 @@ def train(
     unroll: Annotated[
         int, typer.Option(help="Predictions fed back in the loss; 1 as DINO-WM.")
     ] = 2,
+    ramp: Annotated[
+        float, typer.Option(help="Share of the steps over which --unroll grows from 1.")
+    ] = 0.0,
     proprio_weight: Annotated[
         float | None,
         typer.Option(help="Of proprioception's own error in the loss; default: as DINO-WM."),
@@ -76,6 +82,7 @@ def train(
     """Train a world model's predictor. Run again to continue after an interruption."""
     with exit_codes("The last checkpoint is kept: run the same command to go on."):
         from quantwm.envs import get_task
+        from quantwm.loading import load
         from quantwm.training.decoder import DecoderSettings
         from quantwm.training.pipeline import MODEL_FOLDER, train_task
         from quantwm.training.train import TrainingSettings
@@ -85,6 +92,7 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             unroll=unroll,
+            ramp=ramp,
             proprio_weight=proprio_weight,
             seed=seed,
         )
@@ -121,6 +129,7 @@ def train(
                 cache or out_folder / "latents",
                 settings,
                 scale=scale,
+                init=None if init is None else load(init),
                 encoder=encoder,
                 download=download,
                 decoder=decoder,

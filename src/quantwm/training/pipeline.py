@@ -1,14 +1,19 @@
 """From a trajectory folder to a world model that plans: statistics, latents, training, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from quantwm.compute import resolve_device
 from quantwm.data.latents import encode_split
 from quantwm.data.sources import open_data
 from quantwm.data.statistics import Statistics
-from quantwm.errors import UsageError, unknown_name
+from quantwm.errors import MismatchError, UsageError, unknown_name
+from quantwm.fingerprint import model_hash
 from quantwm.models.checkpoint import (
     BUNDLED_ENCODER,
     ENCODER_SHA256,
@@ -19,9 +24,10 @@ from quantwm.models.config import DecoderConfig, DINOWMConfig, EncoderConfig, Pr
 from quantwm.models.dino_wm import DINOWM
 from quantwm.models.encoder_weights import Progress, open_encoder
 from quantwm.protocols import Task
+from quantwm.quant.apply import quantization_of
 from quantwm.training.batches import Windows
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
-from quantwm.training.initialization import initialize
+from quantwm.training.initialization import initialize, trainable
 from quantwm.training.loop import Report
 from quantwm.training.loss import window_length
 from quantwm.training.train import TrainingSettings, train
@@ -111,6 +117,7 @@ def train_task(
     settings: TrainingSettings,
     *,
     scale: str = "compact",
+    init: DINOWM | None = None,
     encoder: str | Path = BUNDLED_ENCODER,
     download: bool = False,
     decoder: str | None = None,
@@ -129,7 +136,9 @@ def train_task(
         out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`; a
             decoder's in `decoder/`.
         cache: receives the latents; a few GB, best outside of any synchronised folder.
-        scale: "compact" or "paper".
+        scale: "compact" or "paper"; beside `init`, of the decoder alone.
+        init: a float model to go on training from, on these data or others; the new one has its
+            configuration and statistics.
         encoder: a released encoder's name or a file of weights, see `open_encoder`.
         download: fetch the encoder's weights if this machine has none.
         decoder: kind of decoder to train as well, for pictures of latents: "vqvae"; None for
@@ -141,12 +150,15 @@ def train_task(
     Raises:
         UsageError: no data there, an unknown scale, or no such encoder.
         MismatchError: the folders belong to other data, another task, another encoder or other
-            settings.
+            settings, or `init` is another task's or has another encoder.
         CorruptFileError: the data or the encoder's weights are damaged.
     """
     data_set = open_data(data, task)
     weights = open_encoder(encoder, download=download, progress=downloading)
-    config = model_config(task, data_set.statistics, scale, weights.config, decoder)
+    if init is None:
+        config = model_config(task, data_set.statistics, scale, weights.config, decoder)
+    else:
+        config = _config_of(init, task, weights.state, scale, decoder)
     world_model = new_world_model(config, weights.state)
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
@@ -171,7 +183,13 @@ def train_task(
             )
         except ValueError as error:
             raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error
-    initialize(world_model, windows["train"], settings.seed)
+    if init is None:
+        initialize(world_model, windows["train"], settings.seed)
+    else:
+        own = dict(init.named_parameters())
+        with torch.no_grad():
+            for name, parameter in trainable(world_model).items():
+                parameter.copy_(own[name])
     trained = train(
         world_model,
         windows["train"],
@@ -179,6 +197,7 @@ def train_task(
         out,
         settings,
         encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
+        init=None if init is None else model_hash(init),
         report=report,
     )
     if decoder is not None:
@@ -197,3 +216,26 @@ def train_task(
         parameter.requires_grad_(True)
     save_world_model(trained, out / MODEL_FOLDER, half=True)
     return trained
+
+
+def _config_of(
+    init: DINOWM, task: Task, encoder: Mapping[str, Tensor], scale: str, decoder: str | None
+) -> DINOWMConfig:
+    """The configuration of a model to go on from, with the decoder that is asked for."""
+    if init.config.task != task.name:
+        raise MismatchError(
+            f"the model to go on from was trained in {init.config.task}, not in {task.name}"
+        )
+    if quantization_of(init) is not None:
+        raise UsageError("the model to go on from is quantized: give the float model")
+    if init.config.action_mean is None:
+        raise UsageError(
+            "the model to go on from carries no statistics: convert it with its data set first"
+        )
+    own = init.encoder.state_dict()
+    if own.keys() != encoder.keys() or not all(
+        torch.equal(own[name].float().cpu(), value.float()) for name, value in encoder.items()
+    ):
+        raise MismatchError("the model to go on from has another encoder: name that one")
+    made = None if decoder is None else DecoderConfig(decoder, **DECODER_SIZES[scale])
+    return replace(init.config, decoder=made)

@@ -28,6 +28,9 @@ class TrainingSettings:
         weight_decay: AdamW's, on matrices only.
         unroll: losses a window: DINO-WM's own, and of each further frame imagined from the first
             one on; 1 is DINO-WM's alone.
+        ramp: share of the steps over which the losses a window grow evenly from 1 to `unroll`; 0
+            takes all of them from the beginning. The first steps are cheaper, and predictions are
+            fed back once they resemble frames.
         proprio_weight: of proprioception in the loss, see `window_loss`; None as DINO-WM.
         ema: decay of the averaged weights that are kept.
         clip: largest gradient norm.
@@ -41,6 +44,7 @@ class TrainingSettings:
     warmup: int = 300
     weight_decay: float = 0.01
     unroll: int = 2
+    ramp: float = 0.0
     proprio_weight: float | None = None
     ema: float = 0.998
     clip: float = 1.0
@@ -51,6 +55,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.unroll < 1:
             raise UsageError("steps, batch_size and unroll must be at least 1")
+        if not 0 <= self.ramp <= 1:
+            raise UsageError(f"ramp must be a share of the steps, 0 to 1, got {self.ramp}")
         if self.proprio_weight is not None and not self.proprio_weight >= 0:
             raise UsageError(f"proprio_weight must not be negative, got {self.proprio_weight}")
 
@@ -63,6 +69,7 @@ def train(
     settings: TrainingSettings,
     *,
     encoder: str | None = None,
+    init: str | None = None,
     report: Report | None = None,
 ) -> DINOWM:
     """Train predictor and embeddings; the encoder is left alone.
@@ -73,6 +80,7 @@ def train(
     Args:
         encoder: checksum of an encoder that is not the package's; a run goes on only with the
             encoder that it began with.
+        init: hash of the model that the run goes on from, if it does.
         report: progress.
 
     Returns:
@@ -89,6 +97,8 @@ def train(
     identity: dict[str, Any] = {"settings": asdict(settings), "model": model}
     if encoder is not None:
         identity["encoder"] = encoder
+    if init is not None:
+        identity["init"] = init
     state = TrainingState(
         trainable(world_model),
         learning_rate=settings.learning_rate,
@@ -102,7 +112,8 @@ def train(
     def loss() -> Tensor:
         batch = next(batches).to(world_model.device)
         with fast_products(world_model.device):
-            return window_loss(world_model, batch, settings.unroll, settings.proprio_weight)
+            unroll = unroll_at(state.step, settings)
+            return window_loss(world_model, batch, unroll, settings.proprio_weight)
 
     optimize(
         state,
@@ -121,6 +132,14 @@ def train(
         report=report,
     )
     return world_model.eval()
+
+
+def unroll_at(step: int, settings: TrainingSettings) -> int:
+    """Losses a window at a step."""
+    ramped = settings.ramp * settings.steps
+    if step >= ramped:
+        return settings.unroll
+    return 1 + int(settings.unroll * step / ramped)
 
 
 def _learning_rate(step: int, settings: TrainingSettings) -> float:

@@ -1,0 +1,118 @@
+"""Training as a whole, from a data folder to a stored model, around a tiny encoder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import quantwm as qwm
+from encoder_support import TINY, assert_same, tiny_state
+from quantwm.cli import app
+from quantwm.data.collect import collect
+from quantwm.envs import Wall
+from quantwm.errors import MismatchError, UsageError
+from quantwm.loading import load
+from quantwm.models.encoder_weights import Encoder, encoder_sha256
+from quantwm.training import pipeline
+from quantwm.training.initialization import trainable
+from quantwm.training.pipeline import train_task
+from quantwm.training.train import TrainingSettings, unroll_at
+
+SETTINGS = TrainingSettings(steps=2, batch_size=4, warmup=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoders():
+    """Two tiny encoders in the place of all others, which keep these tests fast."""
+
+    def tiny(source, **_options):
+        state = tiny_state({"tiny": 7, "other": 8}[str(source)])
+        return Encoder(TINY, state, encoder_sha256(state))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline, "open_encoder", tiny)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(encoders, tmp_path_factory):
+    """Data, and a finished run on them."""
+    made = tmp_path_factory.mktemp("pipeline")
+    collect(Wall(), made / "data", train=8, validation=4)
+    run_training(made, "run")
+    return made
+
+
+def run_training(folder, out, encoder="tiny", settings=SETTINGS, **options):
+    return train_task(
+        Wall(),
+        folder / "data",
+        folder / out,
+        folder / f"latents-{encoder}",
+        settings,
+        encoder=encoder,
+        device="cpu",
+        **options,
+    )
+
+
+def trained(world_model):
+    return {name: value.detach().clone() for name, value in trainable(world_model).items()}
+
+
+def test_training_goes_on_from_a_model(folder):
+    first = load(folder / "run/model")
+    still = replace(SETTINGS, learning_rate=0.0, weight_decay=0.0)
+    same = run_training(folder, "still", settings=still, init=first)
+    assert same.config == first.config
+    torch.testing.assert_close(trained(same), trained(first))
+    moved = run_training(folder, "moved", init=first)
+    assert not torch.equal(moved.predictor.norm.weight, first.predictor.norm.weight)
+    again = run_training(folder, "moved", init=first)  # resumes a finished run
+    assert_same(trained(again), trained(moved))
+    with pytest.raises(MismatchError, match="other settings or another model"):
+        run_training(folder, "moved", init=moved)
+    with pytest.raises(MismatchError, match="other settings or another model"):
+        run_training(folder, "run", init=first)
+
+
+def test_models_that_training_cannot_go_on_from_are_refused(folder):
+    first = load(folder / "run/model")
+    with pytest.raises(MismatchError, match="has another encoder"):
+        run_training(folder, "refused", encoder="other", init=first)
+    other = load(folder / "run/model")
+    other.config = replace(first.config, task="pusht")
+    with pytest.raises(MismatchError, match="trained in pusht, not in wall"):
+        run_training(folder, "refused", init=other)
+    bare = load(folder / "run/model")
+    bare.config = replace(first.config, action_mean=None, action_std=None)
+    with pytest.raises(UsageError, match="carries no statistics"):
+        run_training(folder, "refused", init=bare)
+    small = qwm.quantize(first, "w4")
+    with pytest.raises(UsageError, match="is quantized"):
+        run_training(folder, "refused", init=small)
+    assert not (folder / "refused").exists()
+
+
+def test_the_command_line_goes_on_from_a_folder(folder, tmp_path):
+    command = ["train", "wall", "--data", str(folder / "data"), "--out", str(tmp_path / "run")]
+    command += ["--encoder", "tiny", "--steps", "1", "--batch-size", "2"]
+    command += ["--device", "cpu", "--unroll", "3", "--ramp", "0.5"]
+    done = CliRunner().invoke(app, [*command, "--init", str(folder / "run/model")])
+    assert done.exit_code == 0, done.output
+    first, last = (trained(load(f / "run/model")) for f in (folder, tmp_path))
+    assert (
+        torch.nn.functional.mse_loss(last["predictor.norm.weight"], first["predictor.norm.weight"])
+        < 1e-3
+    )
+    assert CliRunner().invoke(app, [*command, "--init", "nowhere"]).exit_code == 2
+    assert CliRunner().invoke(app, [*command, "--ramp", "2"]).exit_code == 2
+
+
+def test_the_ramp_grows_to_the_whole_unroll():
+    settings = replace(SETTINGS, steps=100, unroll=4, ramp=0.8)
+    found = [unroll_at(step, settings) for step in range(100)]
+    assert found == sorted(found)
+    assert [found.count(n) for n in (1, 2, 3, 4)] == [20, 20, 20, 40]
+    assert {unroll_at(step, replace(settings, ramp=0.0)) for step in range(100)} == {4}
