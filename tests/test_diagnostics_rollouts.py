@@ -58,14 +58,14 @@ def test_a_model_that_moves_backwards_ranks_backwards():
     assert (diagnosis.regret > 0.5).all()
 
 
-def test_the_bundled_model_imagines_better_than_standing_still():
-    diagnosis = diagnose_rollouts(
-        load("wall"), "wall", episodes=1, planner=CEM(samples=16, elites=4)
-    )
+# Far from the goal PointMaze's objective says little of the distance (docs/point_maze.md).
+@pytest.mark.parametrize(("name", "correlation"), [("wall", 0.8), ("point_maze", 0.0)])
+def test_bundled_models_imagine_better_than_standing_still(name, correlation):
+    diagnosis = diagnose_rollouts(load(name), name, episodes=2, planner=CEM(samples=16, elites=4))
     assert set(diagnosis.error) == {"visual", "proprio"}
     assert (diagnosis.error["visual"] < diagnosis.still["visual"]).all()
     assert diagnosis.error["visual"].shape == (5,)
-    assert diagnosis.rank_correlation[0] > 0.8
+    assert diagnosis.rank_correlation.mean() > correlation
 
 
 def test_what_cannot_be_diagnosed_is_refused():

@@ -264,3 +264,23 @@ def test_task_settings_come_back_and_a_version_is_held():
         build_task(settings | {"version": 99})
     with pytest.raises(UsageError, match="did you mean 'wall'"):
         build_task({"name": "wal"})
+
+
+@pytest.mark.parametrize(
+    ("task", "planner", "expected"),
+    [
+        ("wall", {}, 6),
+        ("point_maze", {}, 20),
+        ("point_maze", {"preset": "paper"}, 50),
+        ({"name": "pusht", "shape": "L"}, {"preset": "paper"}, 50),
+    ],
+)
+def test_iterations_that_are_not_set_are_the_task_s(task, planner, expected):
+    values = {"task": task, "model": "m", "arms": ["float"], "planner": planner}
+    spec = StudySpec.from_dict(values)
+    assert spec.mpc_iterations == expected
+    assert StudySpec.from_dict(spec.to_dict()) == spec
+    assert StudySpec.from_dict(values | {"mpc_iterations": None}) == spec
+    assert StudySpec.from_dict(values | {"mpc_iterations": 3}).mpc_iterations == 3
+    with pytest.raises(UsageError, match="unknown planner scale 'papers'"):
+        StudySpec.from_dict(values | {"planner": {"preset": "papers"}})
