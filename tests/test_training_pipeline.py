@@ -89,6 +89,10 @@ def test_models_that_training_cannot_go_on_from_are_refused(folder):
     bare.config = replace(first.config, action_mean=None, action_std=None)
     with pytest.raises(UsageError, match="carries no statistics"):
         run_training(folder, "refused", init=bare)
+    with pytest.raises(UsageError, match="a size of its own"):
+        run_training(folder, "refused", init=first, scale="paper")
+    with pytest.raises(UsageError, match="unknown scale 'papers'"):
+        run_training(folder, "refused", init=first, scale="papers", decoder="vqvae")
     small = qwm.quantize(first, "w4")
     with pytest.raises(UsageError, match="is quantized"):
         run_training(folder, "refused", init=small)

@@ -126,6 +126,19 @@ def test_denormalizing_unfolds_the_frameskip():
     np.testing.assert_allclose(raw[5], [10 * 0.5, 11 * 0.6 + 0.1])
 
 
+def test_normalizing_folds_it_back():
+    spec, raw = tiny_model().action_spec, np.arange(20.0).reshape(10, 2)
+    folded = spec.normalize(raw)
+    assert (folded.shape, folded.dtype) == ((2, 10), torch.float32)
+    np.testing.assert_allclose(folded[0, :2], [0.0, (1 - 0.1) / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(spec.denormalize(folded), raw, atol=1e-5)
+    with pytest.raises(UsageError, match="9 actions are no multiple"):
+        spec.normalize(raw[1:])
+    nothing = dict.fromkeys(["action_mean", "action_std", "proprio_mean", "proprio_std"])
+    with pytest.raises(MissingStatisticsError, match="statistics"):
+        tiny_model(**nothing).action_spec.normalize(raw)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -6,9 +6,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -62,15 +62,37 @@ def restore(stored: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str
     }
 
 
-def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names and shapes in which tensors differ from a model's own, a line each."""
+class Shaped(Protocol):
+    """A tensor, or what stands for one that is not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        ...
+
+
+def differences(
+    own: Mapping[str, Shaped],
+    tensors: Mapping[str, Shaped],
+    wording: str = "shape {}, the model has {}",
+) -> list[str]:
+    """Names and shapes in which tensors differ from a model's own, a line each.
+
+    Args:
+        wording: of a shape that differs, and the model's own.
+    """
     problems = [f"missing: {name}" for name in own if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in own]
+    problems += [f"unexpected: {name[:100]}" for name in tensors if name not in own]
     return problems + [
-        f"{name}: shape {tuple(tensors[name].shape)}, the model has {tuple(value.shape)}"
+        f"{name}: {wording.format(tuple(tensors[name].shape), tuple(value.shape))}"
         for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
+        if name in tensors and tuple(tensors[name].shape) != tuple(value.shape)
     ]
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first twenty, a line each."""
+    return "\n".join(f"  - {problem}" for problem in problems[:20])
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -85,10 +107,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     problems = differences(own, tensors)
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems[:20])
         raise MismatchError(
             f"the stored tensors do not belong to this model ({len(problems)} differences):\n"
-            f"{listed}"
+            f"{listed(problems)}"
         )
     moved = {
         name: tensors[name] if value.is_meta else tensors[name].to(value.device)

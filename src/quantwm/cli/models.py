@@ -48,7 +48,9 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Folder for cached latents (GBs); default OUT/latents.")
     ] = None,
-    scale: Annotated[str, typer.Option(help="compact or paper.")] = "compact",
+    scale: Annotated[
+        str | None, typer.Option(help="compact or paper; default: compact, or --init's own.")
+    ] = None,
     init: Annotated[
         str | None, typer.Option(help="A float world model, or its folder, to go on from.")
     ] = None,

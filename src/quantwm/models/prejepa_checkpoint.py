@@ -26,10 +26,9 @@ from quantwm.models.dino_wm import DINOWM
 from quantwm.models.encoder_file import to_meta_names
 from quantwm.models.hydra_settings import PROPRIO_WEIGHTS
 from quantwm.models.saved_tensors import (
+    SETTINGS_MAKE,
     Tensors,
     check_attention,
-    contradictions,
-    listed,
     predictor_tensors,
     read_tensors,
     tensors_of,
@@ -141,11 +140,11 @@ def _encoder(
 ) -> dict[str, Tensor]:
     """Hugging Face's tensors under Meta's names; none is read that is larger than ours."""
     expected = {
-        name.removeprefix("encoder."): tuple(value.shape)
+        name.removeprefix("encoder."): value
         for name, value in world_model.state_dict().items()
         if name.startswith("encoder.")
     }
-    most = max(prod(shape) for shape in expected.values())
+    most = max(value.numel() for value in expected.values())
     if len(references) > 4 * len(expected) or any(
         prod(reference.shape) > most for reference in references.values()
     ):
@@ -155,11 +154,11 @@ def _encoder(
         for name, reference in references.items()
     }
     named = to_meta_names(stored)
-    problems = contradictions(expected, {name: tuple(v.shape) for name, v in named.items()})
+    problems = storage.differences(expected, named, SETTINGS_MAKE)
     problems += [f"{name}: NaN or infinite" for name, v in named.items() if not v.isfinite().all()]
     if problems:
         raise CorruptFileError(
-            f"{path}: its backbone is not {SETTINGS_FILE}'s encoder:\n{listed(problems)}"
+            f"{path}: its backbone is not {SETTINGS_FILE}'s encoder:\n{storage.listed(problems)}"
         )
     return {f"encoder.{name}": value for name, value in named.items()}
 

@@ -5,13 +5,13 @@ is built and how much memory it takes.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantwm import storage
 from quantwm.errors import CorruptFileError
 from quantwm.models.config import DINOWMConfig
 from quantwm.models.dino_wm import DINOWM
@@ -20,7 +20,8 @@ from quantwm.models.safe_pickle import Inert, TensorRef
 from quantwm.models.torch_archive import TorchArchive
 
 Tensors = dict[str, TensorRef]
-Shape = tuple[int, ...]
+SETTINGS_MAKE = "{}, the settings make {}"
+"""How a file's shape contradicts its settings, for `storage.differences`."""
 
 _WEIGHTS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _MASK = re.compile(r"^(?:transformer\.)?layers\.\d+\.(?:0|attn)\.bias$")
@@ -81,10 +82,10 @@ def read_tensors(
     archive: TorchArchive, references: Tensors, world_model: DINOWM, path: Path, settings: str
 ) -> dict[str, Tensor]:
     """The tensors, once their names and shapes are known to be the model's."""
-    expected = {name: tuple(value.shape) for name, value in world_model.state_dict().items()}
+    expected: dict[str, Tensor] = world_model.state_dict()
     if not any(name.startswith("encoder.") for name in references):
         expected = {k: v for k, v in expected.items() if not k.startswith("encoder.")}
-    problems = contradictions(expected, {name: r.shape for name, r in references.items()})
+    problems = storage.differences(expected, references, SETTINGS_MAKE)
     problems += [
         f"{name[:100]}: weights of type {reference.storage.dtype}"
         for name, reference in references.items()
@@ -92,28 +93,13 @@ def read_tensors(
     ]
     if problems:
         raise CorruptFileError(
-            f"{path} contradicts {settings} ({len(problems)} differences):\n{listed(problems)}"
+            f"{path} contradicts {settings} ({len(problems)} differences):\n"
+            f"{storage.listed(problems)}"
         )
     state = {name: archive.tensor(reference).float() for name, reference in references.items()}
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
         raise CorruptFileError(f"{path}: {', '.join(broken[:5])} hold NaN or infinite weights")
     return state
-
-
-def contradictions(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """Names and shapes in which a file differs from what its settings make, a line each."""
-    problems = [f"missing: {name}" for name in expected if name not in found]
-    problems += [f"unexpected: {name[:100]}" for name in found if name not in expected]
-    return problems + [
-        f"{name}: {shape}, the settings make {expected[name]}"
-        for name, shape in found.items()
-        if shape != expected.get(name, shape)
-    ]
-
-
-def listed(problems: list[str]) -> str:
-    """The first twenty, a line each."""
-    return "\n".join(f"  - {problem}" for problem in problems[:20])
 
 
 def _walk(part: Inert, name: str, path: Path) -> list[tuple[tuple[str, ...], Any]]:

@@ -41,8 +41,8 @@ _BY_TASK: Mapping[tuple[Scale, str], tuple[AnyPlanner, ...]] = {
     ),
     ("paper", "pusht"): (CEM(steps=30), ICEM(steps=30), MPPI(steps=30)),
 }
-# PointMaze's ball keeps its speed, and far from the goal its objective says little: the true
-# dynamics, too, reach more goals in twelve replans than in six (docs/point_maze.md).
+# Far from the goal PointMaze's objective says little, so that replans go on helping for long, with
+# the true dynamics too (docs/point_maze.md).
 _ITERATIONS: Mapping[Scale, int] = {"compact": 6, "paper": 50}
 _ITERATIONS_BY_TASK: Mapping[tuple[Scale, str], int] = {("compact", "point_maze"): 20}
 

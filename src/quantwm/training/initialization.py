@@ -45,3 +45,11 @@ def initialize(world_model: DINOWM, windows: Windows, seed: int, samples: int = 
     slope = (centred * tokens).mean(0) / (centred**2).mean(0).clamp_min(1e-6)
     world_model.predictor.norm.weight.copy_(slope)
     world_model.predictor.norm.bias.copy_(tokens.mean(0) - slope * normalized.mean(0))
+
+
+@torch.no_grad()
+def copy_trainable(source: DINOWM, world_model: DINOWM) -> None:
+    """Start as another model of the same configuration is."""
+    own = trainable(source)
+    for name, parameter in trainable(world_model).items():
+        parameter.copy_(own[name])

@@ -27,7 +27,7 @@ from quantwm.protocols import Task
 from quantwm.quant.apply import quantization_of
 from quantwm.training.batches import Windows
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
-from quantwm.training.initialization import initialize, trainable
+from quantwm.training.initialization import copy_trainable, initialize
 from quantwm.training.loop import Report
 from quantwm.training.loss import window_length
 from quantwm.training.train import TrainingSettings, train
@@ -103,7 +103,7 @@ def model_config(
         action_dim=task.action_dim,
         proprio_dim=task.proprio_dim,
         encoder=encoder or EncoderConfig(),
-        decoder=None if decoder is None else DecoderConfig(decoder, **DECODER_SIZES[scale]),
+        decoder=_decoder_config(decoder, scale),
         **statistics.to_dict(),
         **SCALES[scale][task.name],
     )
@@ -116,7 +116,7 @@ def train_task(
     cache: Path,
     settings: TrainingSettings,
     *,
-    scale: str = "compact",
+    scale: str | None = None,
     init: DINOWM | None = None,
     encoder: str | Path = BUNDLED_ENCODER,
     download: bool = False,
@@ -136,7 +136,7 @@ def train_task(
         out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`; a
             decoder's in `decoder/`.
         cache: receives the latents; a few GB, best outside of any synchronised folder.
-        scale: "compact" or "paper"; beside `init`, of the decoder alone.
+        scale: "compact" (None too) or "paper"; beside `init`, of the decoder alone.
         init: a float model to go on training from, on these data or others; the new one has its
             configuration and statistics.
         encoder: a released encoder's name or a file of weights, see `open_encoder`.
@@ -148,11 +148,15 @@ def train_task(
         downloading, encoding, report, decoder_report: progress of the stages.
 
     Raises:
-        UsageError: no data there, an unknown scale, or no such encoder.
+        UsageError: no data there, an unknown scale, no such encoder, or a scale beside an `init`
+            that has its own.
         MismatchError: the folders belong to other data, another task, another encoder or other
             settings, or `init` is another task's or has another encoder.
         CorruptFileError: the data or the encoder's weights are damaged.
     """
+    if init is not None and scale is not None and decoder is None:
+        raise UsageError("the model to go on from has a size of its own: leave the scale out")
+    scale = scale or "compact"
     data_set = open_data(data, task)
     weights = open_encoder(encoder, download=download, progress=downloading)
     if init is None:
@@ -186,10 +190,7 @@ def train_task(
     if init is None:
         initialize(world_model, windows["train"], settings.seed)
     else:
-        own = dict(init.named_parameters())
-        with torch.no_grad():
-            for name, parameter in trainable(world_model).items():
-                parameter.copy_(own[name])
+        copy_trainable(init, world_model)
     trained = train(
         world_model,
         windows["train"],
@@ -237,5 +238,10 @@ def _config_of(
         torch.equal(own[name].float().cpu(), value.float()) for name, value in encoder.items()
     ):
         raise MismatchError("the model to go on from has another encoder: name that one")
-    made = None if decoder is None else DecoderConfig(decoder, **DECODER_SIZES[scale])
-    return replace(init.config, decoder=made)
+    return replace(init.config, decoder=_decoder_config(decoder, scale))
+
+
+def _decoder_config(kind: str | None, scale: str) -> DecoderConfig | None:
+    if scale not in DECODER_SIZES:
+        raise unknown_name("scale", scale, DECODER_SIZES)
+    return None if kind is None else DecoderConfig(kind, **DECODER_SIZES[scale])
