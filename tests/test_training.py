@@ -10,13 +10,15 @@ import torch
 
 from quantwm import compute
 from quantwm.data.collect import collect
+from quantwm.data.drawing import drawn
 from quantwm.data.latents import FrameIndex, encode_split
-from quantwm.data.sources import Split, rendered
+from quantwm.data.sources import Rendered, Split
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
 from quantwm.envs import Wall, get_task
 from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
 from quantwm.models.config import DecoderConfig, DINOWMConfig, EncoderConfig, PredictorConfig
 from quantwm.models.dino_wm import DINOWM
+from quantwm.training import batches
 from quantwm.training.batches import Windows
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import initialize, trainable
@@ -51,7 +53,7 @@ def model(seed=0, **changes):
 
 
 def split_of(trajectories):
-    return Split(trajectories, rendered(Wall(), trajectories))
+    return Split(trajectories, Rendered(Wall(), trajectories))
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,33 @@ def test_encoding_goes_on_where_it_stopped(data, tmp_path):
     np.testing.assert_array_equal(whole, again)
     with pytest.raises(MismatchError, match="other data"):
         encode_split(model(), split_of(trajectories), half, "train", key={"other": 1})
+
+
+@pytest.mark.slow
+def test_frames_drawn_by_other_processes_are_the_same_and_in_order(data):
+    split = split_of(data.load("train"))
+    index = FrameIndex.every(5, split.trajectories)
+    calls = [(index.trajectory[at : at + 7], index.steps[at : at + 7]) for at in range(0, 70, 7)]
+    ahead = list(drawn(split.frames, calls, workers=2))
+    for call, frames in zip(calls, ahead, strict=True):
+        np.testing.assert_array_equal(frames, split.frames(*call))
+
+
+def test_a_batch_is_the_same_from_latents_that_the_device_holds(data, monkeypatch):
+    held = []
+
+    def fits(latents, device):
+        held.append(latents.nbytes)
+        return True
+
+    monkeypatch.setattr(batches, "_fits", fits)
+    latents = np.arange(3 * 240 * 4 * 24, dtype=np.float16).reshape(-1, 4, 24)
+    arguments = (model().config, Wall(), data.load("train"), latents, 3)
+    ours = Windows(*arguments)
+    monkeypatch.undo()
+    theirs, index = Windows(*arguments), np.array([0, 5, 17])
+    assert held
+    assert torch.equal(ours.batch(index).visual, theirs.batch(index).visual)
 
 
 def test_training_starts_close_to_copying_the_frame_and_improves(windows, tmp_path):
@@ -343,8 +372,8 @@ def test_a_decoder_learns_to_draw_and_changes_nothing_else(windows, data, tmp_pa
     changed = {k for k, v in world_model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all(name.startswith("decoder.") for name in changed)
-    latent = torch.from_numpy(windows["validation"].latents[:3].astype(np.float32))
-    assert world_model.decode(latent[:, None]).shape == (3, 1, 224, 224, 3)
+    latent = windows["validation"].batch(np.arange(3)).visual[:, :1]
+    assert world_model.decode(latent).shape == (3, 1, 224, 224, 3)
 
 
 def test_a_decoders_training_resumes_bit_for_bit(windows, data, tmp_path):

@@ -71,7 +71,7 @@ def open_data(folder: Path, task: Task) -> DataSet:
                 f"{folder} was collected in {index['task']}, not in {task.settings()}"
             )
         loaded = {name: store.load(name) for name in SPLITS}
-        splits = {name: Split(part, rendered(task, part)) for name, part in loaded.items()}
+        splits = {name: Split(part, Rendered(task, part)) for name, part in loaded.items()}
         statistics = of_trajectories(task, loaded["train"])
         key = {"data": sha256_file(store.index_path)}
         return DataSet(splits, statistics, key, index["origin"])
@@ -89,12 +89,15 @@ def open_data(folder: Path, task: Task) -> DataSet:
     )
 
 
-def rendered(task: Task, trajectories: Trajectories) -> Frames:
-    """Frames that the task draws from the states, bit for bit the same each time."""
+@dataclass(frozen=True)
+class Rendered:
+    """Frames that a task draws from the states, bit for bit the same each time."""
 
-    def frames(trajectory: IntArray, steps: IntArray) -> npt.NDArray[np.uint8]:
-        rows = trajectories.state_offsets[trajectory] + steps
-        layout = {name: values[trajectory] for name, values in trajectories.layout.items()}
-        return task.observe(trajectories.states[rows][:, None], layout)["visual"][:, 0]
+    task: Task
+    trajectories: Trajectories
 
-    return frames
+    def __call__(self, trajectory: IntArray, steps: IntArray) -> npt.NDArray[np.uint8]:
+        """Frames (n, H, W, 3) of trajectories (n,) at steps (n,)."""
+        rows = self.trajectories.state_offsets[trajectory] + steps
+        layout = {name: values[trajectory] for name, values in self.trajectories.layout.items()}
+        return self.task.observe(self.trajectories.states[rows][:, None], layout)["visual"][:, 0]

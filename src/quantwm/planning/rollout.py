@@ -18,6 +18,7 @@ from torch import Tensor
 from quantwm.compute import device_of
 from quantwm.errors import UsageError
 from quantwm.planning.objective import Objective, as_parts, like
+from quantwm.planning.recorded import Recorded
 from quantwm.planning.workers import Workers
 from quantwm.protocols import Episodes, FloatArray, Latent, Observation, Task, WorldModel
 
@@ -64,6 +65,7 @@ class Rollouts:
         self.chunk = _chunk_of(world_model, self._device) if chunk is None else chunk
         if self.chunk < 1:
             raise UsageError(f"chunk must be at least 1, got {self.chunk}")
+        self._price = Recorded(self._cost) if self._device.type == "cuda" else self._cost
         what = f"a rollout of {self.chunk} candidates"
         self.workers = Workers(self._device, memory_budget, what)
         self._gradient_workers = Workers(self._device, memory_budget, f"the gradient of {what}")
@@ -79,11 +81,13 @@ class Rollouts:
             (B, N) float32 on the CPU.
         """
 
+        placed = actions.to(self._device)
+
         @torch.inference_mode()
         def run(job: tuple[int, int]) -> Tensor:
             episode, begin = job
-            chunk = self._padded(actions[episode], begin)
-            return self._cost(latents[episode], goals[episode], chunk)
+            chunk = self._padded(placed[episode], begin)
+            return self._price(latents[episode], goals[episode], chunk)
 
         return self._joined(self.workers.map(run, self._jobs(actions)), actions)
 
@@ -101,19 +105,20 @@ class Rollouts:
             episode, begin = job
             chunk = self._padded(actions[episode], begin).requires_grad_()
             with torch.enable_grad():
-                cost = self._cost(latents[episode], goals[episode], chunk)
+                cost = self._cost(latents[episode], goals[episode], chunk.to(self._device))
             (gradient,) = torch.autograd.grad(cost.sum(), chunk)
-            return cost.detach(), gradient.float().cpu()
+            return cost.detach(), gradient.float()
 
         results = self._gradient_workers.map(run, self._jobs(actions))
         costs = self._joined([cost for cost, _ in results], actions)
         return costs, self._joined([gradient for _, gradient in results], actions)
 
     def _cost(self, latent: Latent, goal: Latent, chunk: Tensor) -> Tensor:
+        """Costs (chunk,) float32 of candidates (chunk, H, D), all on the model's device."""
         predicted = self._model.rollout(
-            latent, chunk[None].to(self._device), last_only=self._objective.mode == "last"
+            latent, chunk[None], last_only=self._objective.mode == "last"
         )
-        return self._objective(predicted, goal)[0].float().cpu()
+        return self._objective(predicted, goal)[0].float()
 
     def _jobs(self, actions: Tensor) -> list[tuple[int, int]]:
         episodes, candidates = actions.shape[:2]
@@ -123,10 +128,10 @@ class Rollouts:
         return padded(candidates[begin : begin + self.chunk], self.chunk)
 
     def _joined(self, results: Sequence[Tensor], actions: Tensor) -> Tensor:
-        """Chunks (chunk, ...), episode after episode → (B, N, ...), the padding dropped."""
+        """Chunks (chunk, ...), episode after episode → (B, N, ...) on the CPU, without padding."""
         episodes, candidates = actions.shape[:2]
         each = ceil(candidates / self.chunk)
-        whole = torch.stack(list(results))
+        whole = torch.stack(list(results)).cpu()
         return whole.view(episodes, each * self.chunk, *whole.shape[2:])[:, :candidates]
 
 

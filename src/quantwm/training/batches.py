@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quantwm.compute import available_memory
 from quantwm.data.latents import FrameIndex
 from quantwm.data.trajectories import Trajectories
 from quantwm.models.config import DINOWMConfig
@@ -15,11 +16,13 @@ from quantwm.protocols import Task
 from quantwm.seeds import keyed_generator
 
 _SHUFFLE = 3
+_UPLOAD = 4096
+"""Frames that go to a GPU at once."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows of W frames.
+    """B windows of W frames, on one device.
 
     Attributes:
         visual: (B, W, P, D) latents, float32.
@@ -31,10 +34,6 @@ class Batch:
     proprio: Tensor
     actions: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(self.visual.to(device), self.proprio.to(device), self.actions.to(device))
-
 
 class Windows:
     """All windows of `length` consecutive frames of a split.
@@ -44,6 +43,7 @@ class Windows:
         task: whose observation gives the proprioception of a state.
         trajectories, latents: a split and its cached latents (F, P, D).
         length: frames in a window.
+        device: where batches are wanted. A GPU with room for them gets all latents at once.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Windows:
         trajectories: Trajectories,
         latents: npt.NDArray[np.float16],
         length: int,
+        device: torch.device | None = None,
     ) -> None:
         index = FrameIndex.every(config.frameskip, trajectories)
         first = np.concatenate([[0], np.cumsum(index.frames)[:-1]])
@@ -62,7 +63,9 @@ class Windows:
         self.starts = np.concatenate(starts)
         if len(self.starts) == 0:
             raise ValueError(f"no trajectory has {length} frames")
-        self.length, self.latents = length, latents
+        self.length = length
+        self._device = device or torch.device("cpu")
+        self._latents = _held(latents, self._device) if _fits(latents, self._device) else latents
         self.proprio = _normalized_proprio(config, task, trajectories, index)
         self.actions = _model_actions(config, trajectories, index)
 
@@ -72,10 +75,14 @@ class Windows:
     def batch(self, index: npt.NDArray[np.int64]) -> Batch:
         """The windows at `index`."""
         rows = self.starts[index][:, None] + np.arange(self.length)
+        if isinstance(self._latents, Tensor):
+            visual = self._latents[torch.from_numpy(rows).to(self._device)]
+        else:
+            visual = torch.from_numpy(self._latents[rows]).to(self._device)
         return Batch(
-            torch.from_numpy(self.latents[rows]).float(),
-            torch.from_numpy(self.proprio[rows]),
-            torch.from_numpy(self.actions[rows]),
+            visual.float(),
+            torch.from_numpy(self.proprio[rows]).to(self._device),
+            torch.from_numpy(self.actions[rows]).to(self._device),
         )
 
     def shuffled(self, size: int, seed: int, first_step: int) -> Iterator[Batch]:
@@ -90,6 +97,20 @@ class Windows:
             for position in range(step % per_epoch, per_epoch):
                 yield self.batch(np.sort(order[position * size : (position + 1) * size]))
                 step += 1
+
+
+def _fits(latents: npt.NDArray[np.float16], device: torch.device) -> bool:
+    """Whether a GPU can hold the latents and leave as much again to what is trained with them."""
+    return device.type == "cuda" and latents.nbytes < available_memory(device) // 2
+
+
+def _held(latents: npt.NDArray[np.float16], device: torch.device) -> Tensor:
+    held = torch.empty(latents.shape, dtype=torch.float16, device=device)
+    for begin in range(0, len(latents), _UPLOAD):
+        part = slice(begin, begin + _UPLOAD)
+        # A copy: torch refuses what it must not write to.
+        held[part] = torch.from_numpy(np.array(latents[part]))
+    return held
 
 
 def _normalized_proprio(

@@ -137,7 +137,7 @@ def train_decoder(
 def _loss(world_model: DINOWM, windows: Windows, frames: Frames, chosen: np.ndarray) -> Tensor:
     """Mean squared error of pictures of a window's second frame, encoded and predicted."""
     assert world_model.decoder is not None
-    batch = windows.batch(chosen).to(world_model.device)
+    batch = windows.batch(chosen)
     with fast_products(world_model.device):
         with torch.no_grad():
             latent = {

@@ -38,7 +38,7 @@ def initialize(world_model: DINOWM, windows: Windows, seed: int, samples: int = 
         else:
             parameter.zero_()
     rows = np.linspace(0, len(windows) - 1, min(samples, len(windows))).astype(np.int64)
-    frames, _ = embedded_frames(world_model, windows.batch(rows).to(world_model.device))
+    frames, _ = embedded_frames(world_model, windows.batch(rows))
     tokens = frames[:, 0].reshape(-1, frames.shape[-1]).float()
     normalized = nn.functional.layer_norm(tokens, tokens.shape[-1:])
     centred = normalized - normalized.mean(0)

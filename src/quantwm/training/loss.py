@@ -80,7 +80,7 @@ def validate(world_model: DINOWM, windows: Windows, samples: int = 256) -> dict[
     sums: dict[str, float] = {"one_step": 0, "rollout": 0, "copy_one": 0, "copy_all": 0}
     chosen = np.linspace(0, len(windows) - 1, min(samples, len(windows))).astype(np.int64)
     for begin in range(0, len(chosen), 32):
-        batch = windows.batch(chosen[begin : begin + 32]).to(world_model.device)
+        batch = windows.batch(chosen[begin : begin + 32])
         with fast_products(world_model.device):
             latent = {
                 "visual": batch.visual[:, :1],

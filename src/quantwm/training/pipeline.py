@@ -183,7 +183,12 @@ def train_task(
         latents = encode_split(world_model, part, cache, split, key=key, progress=encoding)
         try:
             windows[split] = Windows(
-                world_model.config, task, part.trajectories, latents, lengths[split]
+                world_model.config,
+                task,
+                part.trajectories,
+                latents,
+                lengths[split],
+                world_model.device,
             )
         except ValueError as error:
             raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error

@@ -110,7 +110,7 @@ def train(
     batches = windows.shuffled(settings.batch_size, settings.seed, state.step)
 
     def loss() -> Tensor:
-        batch = next(batches).to(world_model.device)
+        batch = next(batches)
         with fast_products(world_model.device):
             unroll = unroll_at(state.step, settings)
             return window_loss(world_model, batch, unroll, settings.proprio_weight)
