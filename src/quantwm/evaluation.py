@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.compute import (
+    cores,
     parse_bytes,
     peak_memory_mb,
     placed,
@@ -203,12 +204,19 @@ def evaluate_oracle(
     check_fits(world_model, settings.task)
     placed_model = placed(world_model, settings.device, settings.dtype)
     objective = Objective(world_model.objective_weights)
+    # Beside a GPU the cores are free; on the CPU they are the threads that were asked for.
+    processes = torch.get_num_threads() if settings.device.type == "cpu" else cores()
 
     def cost(batch: Episodes) -> ObservedCost:
         if kind == "oracle-state":
-            return OracleStateCost(settings.task, batch, world_model.action_spec)
+            return OracleStateCost(settings.task, batch, world_model.action_spec, processes)
         return OracleLatentCost(
-            placed_model, settings.task, batch, objective, memory_budget=settings.memory_budget
+            placed_model,
+            settings.task,
+            batch,
+            objective,
+            memory_budget=settings.memory_budget,
+            processes=processes,
         )
 
     return Outcome(_run(settings, cost, placed_model, arm or kind, progress))

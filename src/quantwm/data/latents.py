@@ -5,7 +5,6 @@ a split and a JSON index. Encoding resumes where it stopped.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quantwm.compute import fast_products
+from quantwm.compute import cores, fast_products
 from quantwm.data.drawing import drawn
 from quantwm.data.sources import Split
 from quantwm.data.trajectories import Trajectories
@@ -96,7 +95,7 @@ def encode_split(
     mode: Literal["r+", "w+"] = "r+" if array_path.is_file() and state["done"] else "w+"
     latents = np.memmap(array_path, np.float16, mode=mode, shape=shape)
     if workers is None:
-        workers = 0 if world_model.device.type == "cpu" else os.cpu_count() or 1
+        workers = 0 if world_model.device.type == "cpu" else cores()
     parts = [slice(at, at + _BATCH) for at in range(int(state["done"]), shape[0], _BATCH)]
     calls = [(index.trajectory[part], index.steps[part]) for part in parts]
     for part, visual in zip(parts, drawn(data.frames, calls, workers), strict=True):

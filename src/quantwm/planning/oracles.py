@@ -9,6 +9,7 @@ from quantwm.compute import device_of
 from quantwm.errors import UsageError
 from quantwm.planning.objective import Objective, as_parts, like
 from quantwm.planning.rollout import StateEncoder, padded
+from quantwm.planning.simulators import Simulators
 from quantwm.planning.workers import Workers
 from quantwm.protocols import (
     ActionSpec,
@@ -19,15 +20,22 @@ from quantwm.protocols import (
     WorldModel,
 )
 
-IMAGES = 16
+CPU_IMAGES, CUDA_IMAGES = 16, 128
 """Images that are encoded at once; fixed, because results may depend on it within rounding."""
 
 
 class _TrueDynamics:
-    """What the oracles share: the simulator, started from the episodes' true states."""
+    """What the oracles share: the simulator, started from the episodes' true states.
 
-    def __init__(self, task: Task, episodes: Episodes, action_spec: ActionSpec) -> None:
+    Args:
+        processes: that simulate at most, see `Simulators`.
+    """
+
+    def __init__(
+        self, task: Task, episodes: Episodes, action_spec: ActionSpec, processes: int = 1
+    ) -> None:
         self._task, self._episodes, self._spec = task, episodes, action_spec
+        self._simulators = Simulators(task, processes)
         self._states = episodes.start.copy()
 
     def observe(self, index: npt.NDArray[np.intp], states: FloatArray) -> None:
@@ -39,12 +47,12 @@ class _TrueDynamics:
         batch, candidates = actions.shape[:2]
         raw = self._spec.denormalize(actions)
         repeated = np.repeat(index, candidates)
-        visited = self._task.rollout(
+        final = self._simulators.final_states(
             self._states[repeated],
             self._episodes.select(repeated).layout,
             raw.reshape(-1, *raw.shape[2:]),
         )
-        return visited[:, -1].reshape(batch, candidates, -1)
+        return final.reshape(batch, candidates, -1)
 
 
 class OracleStateCost(_TrueDynamics):
@@ -72,13 +80,15 @@ class OracleLatentCost(_TrueDynamics):
         objective: Objective,
         *,
         memory_budget: int | None = None,
+        processes: int = 1,
     ) -> None:
         if objective.mode != "last":
             raise UsageError("oracle-latent sees final frames only: objective mode must be 'last'")
-        super().__init__(task, episodes, world_model.action_spec)
+        super().__init__(task, episodes, world_model.action_spec, processes)
         self._model, self._objective = world_model, objective
-        what = f"encoding {IMAGES} images"
-        self._workers = Workers(device_of(world_model), memory_budget, what)
+        device = device_of(world_model)
+        self._images = CPU_IMAGES if device.type == "cpu" else CUDA_IMAGES
+        self._workers = Workers(device, memory_budget, f"encoding {self._images} images")
         everyone = np.arange(len(episodes))
         encoder = StateEncoder(world_model, task, episodes, memory_budget)
         self._goals = encoder(everyone, episodes.goal)
@@ -100,14 +110,14 @@ class OracleLatentCost(_TrueDynamics):
 
         @torch.inference_mode()
         def run(begin: int) -> Tensor:
-            part = slice(begin, begin + IMAGES)
+            part = slice(begin, begin + self._images)
             chunk: Observation = {
-                "visual": padded(frames[part], IMAGES).numpy(),
-                "proprio": padded(proprio[part], IMAGES).numpy(),
+                "visual": padded(frames[part], self._images).numpy(),
+                "proprio": padded(proprio[part], self._images).numpy(),
             }
             parts = as_parts(self._model.encode(chunk))
             candidates = like({name: tensor[None] for name, tensor in parts.items()}, goal)
             return self._objective(candidates, goal)[0].float().cpu()
 
-        chunks = self._workers.map(run, range(0, len(states), IMAGES))
+        chunks = self._workers.map(run, range(0, len(states), self._images))
         return torch.cat(chunks)[: len(states)]

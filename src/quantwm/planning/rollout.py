@@ -22,7 +22,7 @@ from quantwm.planning.recorded import Recorded
 from quantwm.planning.workers import Workers
 from quantwm.protocols import Episodes, FloatArray, Latent, Observation, Task, WorldModel
 
-CPU_CHUNK, CUDA_CHUNK = 16, 64
+CPU_CHUNK, CUDA_CHUNK = 16, 128
 """Candidates that a kernel sees at once, unless the model says otherwise (`rollout_chunk`)."""
 
 
@@ -45,7 +45,7 @@ class Rollouts:
         world_model: in evaluation mode, on its device.
         objective: compares what is predicted with the goal.
         chunk: candidates that a kernel sees at once. Fixed, because results may depend on it
-            within rounding: the model's `rollout_chunk` if it has one, else 16 (CUDA: 64).
+            within rounding: the model's `rollout_chunk` if it has one, else 16 (CUDA: 128).
         memory_budget: bytes that the chunks in flight may take together; changes no result.
 
     Raises:

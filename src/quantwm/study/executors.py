@@ -293,8 +293,3 @@ def _on_device(job: Job, prepared: Prepared, index: int) -> Job:
 def _is_open(name: str, prepared: Prepared, folder: ResultsFolder) -> bool:
     id = prepared.cells[name].id
     return folder.load_cell(id) is None and folder.load_failure(id) is None
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

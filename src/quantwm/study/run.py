@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from quantwm.compute import NUMERICS_VERSION
+from quantwm.compute import NUMERICS_VERSION, cores
 from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
@@ -14,7 +14,7 @@ from quantwm.study.arms import reference_arm
 from quantwm.study.claims import Claims
 from quantwm.study.diagnose import Diagnoses
 from quantwm.study.environment import environment
-from quantwm.study.executors import Executor, InProcess, cores
+from quantwm.study.executors import Executor, InProcess
 from quantwm.study.gate import gate_of
 from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec

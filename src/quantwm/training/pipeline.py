@@ -50,7 +50,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 196,
             "token_pool": 2,
             "num_hist": 3,
-            "predictor": PredictorConfig(3, 4, 64, 512, dropout=0.0),
+            "predictor": PredictorConfig(2, 4, 64, 512, dropout=0.0),
         },
         "point_maze": {
             "image_size": 112,
