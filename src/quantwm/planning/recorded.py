@@ -46,7 +46,7 @@ class Recorded:
     def _record(self, inputs: Sequence[Latent]) -> "_Recording | None":
         try:
             return _Recording(self._function, inputs)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             logger.warning("rollouts cannot be recorded and are slower: %s", error)
             return None
 

@@ -48,7 +48,7 @@ class Simulators:
             self._pool = ProcessPoolExecutor(
                 self._processes,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_own.append,
+                initializer=_begin,
                 initargs=(self._task,),
             )
             weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
@@ -58,6 +58,10 @@ class Simulators:
             if len(rows)
         ]
         return np.concatenate(list(self._pool.map(_final_states, parts)))
+
+
+def _begin(task: Task) -> None:
+    _own.append(task)
 
 
 def _final_states(part: _Part) -> FloatArray:
