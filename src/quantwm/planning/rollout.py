@@ -47,6 +47,7 @@ class Rollouts:
         chunk: candidates that a kernel sees at once. Fixed, because results may depend on it
             within rounding: the model's `rollout_chunk` if it has one, else 16 (CUDA: 128).
         memory_budget: bytes that the chunks in flight may take together; changes no result.
+        recorded: whether a GPU replays a recording of its kernels; changes no result.
 
     Raises:
         UsageError: a number below one.
@@ -59,13 +60,15 @@ class Rollouts:
         *,
         chunk: int | None = None,
         memory_budget: int | None = None,
+        recorded: bool = True,
     ) -> None:
         self._model, self._objective = world_model, objective
         self._device = device_of(world_model)
         self.chunk = _chunk_of(world_model, self._device) if chunk is None else chunk
         if self.chunk < 1:
             raise UsageError(f"chunk must be at least 1, got {self.chunk}")
-        self._price = Recorded(self._cost) if self._device.type == "cuda" else self._cost
+        replay = recorded and self._device.type == "cuda"
+        self._price = Recorded(self._cost) if replay else self._cost
         what = f"a rollout of {self.chunk} candidates"
         self.workers = Workers(self._device, memory_budget, what)
         self._gradient_workers = Workers(self._device, memory_budget, f"the gradient of {what}")
