@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--scheme", help="quantize first; without calibration, so no static ones")
+    parser.add_argument("--chunk", type=int, default=CUDA_CHUNK, help="candidates at once")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -49,17 +50,18 @@ def main() -> None:
                 for states in (episodes.start, episodes.goal)
             )
         generator = torch.Generator().manual_seed(0)
-        shape = (EPISODES, CUDA_CHUNK, HORIZON, model.action_spec.model_dim)
+        shape = (EPISODES, arguments.chunk, HORIZON, model.action_spec.model_dim)
         actions = torch.randn(shape, generator=generator)
         costs, milliseconds = {}, {}
         for recorded in (False, True):
-            rollouts = Rollouts(model, Objective(model.objective_weights), recorded=recorded)
+            objective = Objective(model.objective_weights)
+            rollouts = Rollouts(model, objective, chunk=arguments.chunk, recorded=recorded)
             costs[recorded] = rollouts.costs(starts, goals, actions)
             milliseconds[recorded] = _milliseconds(rollouts, starts, goals, actions)
         same = torch.equal(costs[False], costs[True])
         print(
             f"{name}: launched {milliseconds[False]:.2f} ms, replayed {milliseconds[True]:.2f} ms "
-            f"a chunk of {CUDA_CHUNK}; costs {'the same' if same else 'DIFFER'}"
+            f"a chunk of {arguments.chunk}; costs {'the same' if same else 'DIFFER'}"
         )
 
 
