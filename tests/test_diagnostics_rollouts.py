@@ -59,7 +59,9 @@ def test_a_model_that_moves_backwards_ranks_backwards():
 
 
 # Far from the goal PointMaze's objective says little of the distance (docs/point_maze.md).
-@pytest.mark.parametrize(("name", "correlation"), [("wall", 0.8), ("point_maze", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "correlation"), [("wall", 0.8), ("point_maze", 0.0), ("pusht", 0.8)]
+)
 def test_bundled_models_imagine_better_than_standing_still(name, correlation):
     diagnosis = diagnose_rollouts(load(name), name, episodes=2, planner=CEM(samples=16, elites=4))
     assert set(diagnosis.error) == {"visual", "proprio"}

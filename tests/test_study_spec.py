@@ -284,3 +284,12 @@ def test_iterations_that_are_not_set_are_the_task_s(task, planner, expected):
     assert StudySpec.from_dict(values | {"mpc_iterations": 3}).mpc_iterations == 3
     with pytest.raises(UsageError, match="unknown planner scale 'papers'"):
         StudySpec.from_dict(values | {"planner": {"preset": "papers"}})
+
+
+@pytest.mark.parametrize(("task", "expected"), [("wall", 0.7), ("pusht", 0.3)])
+def test_a_gate_that_is_not_set_is_the_task_s(task, expected):
+    values = {"task": task, "model": "m", "arms": ["float"]}
+    spec = StudySpec.from_dict(values)
+    assert spec.gate == expected
+    assert StudySpec.from_dict(spec.to_dict()) == spec
+    assert StudySpec.from_dict(values | {"gate": 0.0}).gate == 0.0
