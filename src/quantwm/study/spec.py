@@ -100,7 +100,7 @@ class StudySpec:
             is free. Changes no row.
         gate: the least success of the float arm that other arms are compared with; 0 turns the
             gate off. It counts only where the study has a float arm. Where none is given, 0.7;
-            in PushT, whose objective allows little more than 0.6 (docs/pusht.md), 0.3.
+            in PushT, where the true dynamics do not help far either (docs/pusht.md), 0.3.
     """
 
     task: Mapping[str, Any]
