@@ -1,6 +1,8 @@
 """The command line: what it prints, what it leaves, how it fails."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +25,13 @@ SMALL = [
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run(
+        [sys.executable, "-m", "quantwm", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "study" in shown.stdout
 
 
 def test_every_command_has_help_with_an_example():
