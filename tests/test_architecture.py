@@ -24,7 +24,7 @@ LAYERS = [
     {"models", "envs", "planning", "quant"},
     {"methods", "data", "training", "evaluation", "calibration", "loading", "deploy"},
     {"diagnostics", "study", "bench"},
-    {"report", "describe", "console", "cli"},
+    {"report", "describe", "console", "cli", "__main__"},
 ]
 STRANGERS = LAYERS[1]
 
