@@ -1,0 +1,21 @@
+"""The tables that the documentation shows are those of the rows beside it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROWS = sorted((ROOT / "docs/results").glob("*-findings.parquet"))
+
+
+@pytest.mark.skipif(not ROWS, reason="an installed package has no docs")
+def test_the_results_page_shows_what_the_rows_say():
+    script = ROOT / "scripts/findings_tables.py"
+    printed = subprocess.run(
+        [sys.executable, script, *ROWS], capture_output=True, text=True, check=True
+    ).stdout
+    page = (ROOT / "docs/results.md").read_text()
+    assert "| `float` |" in printed
+    assert printed.strip() in page
