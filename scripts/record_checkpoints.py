@@ -7,15 +7,18 @@ Each case becomes a folder `checkpoints/<case>` with
 
     hydra.yaml              the public settings, composed and resolved as its `train.py` does
     model_latest.pth.xz     the dictionary of whole modules that its `save_ckpt` writes
-    expected.npz            proprioception and actions; latents, predicted frames and costs
+    expected.npz            proprioception, actions, statistics; proprioceptive latents, costs; of
+                            visual latents and decoded pictures every thirteenth value and the
+                            norms of all tokens and rows
 
-and `checkpoints/frames.npz` what all of them are shown.
+All are shown the same frames, and decoders are given the same latents: `tests/reference_support.py`
+makes them.
 
 The classes are the public code's, imported with the replacements that `record_reference.py`
 lists; optimizers go through accelerate, as there. Encoders are frozen, hence in no checkpoint:
-they are the released DINOv2 ViT-S/14 with the bundled weights. Other weights are multiples of
-2^-6, which pack well. Optimizers take one step of learning rate and gradient zero, so that they
-have a state and weights stay what they are.
+they are the released DINOv2 ViT-S/14 with the bundled weights. Other weights follow from a seed,
+and each repeats its first 251 values, so that the files pack well. Optimizers take one step of
+learning rate and gradient zero, so that they have a state and weights stay what they are.
 """
 
 import argparse
@@ -38,10 +41,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from record_reference import ROOT, WEIGHTS, commit_of, import_public_code
-from reference_models import Arrays, masks_on_cpu, randomise
+from reference_models import Arrays, kept_latents, masks_on_cpu, prefixed, shared, support
 
 EPISODES, CANDIDATES, HORIZON, FRAMES = 1, 2, 4, 2
-GRID = 2.0**-6
+PERIOD = 251
 GROUPS = ("env", "encoder", "action_encoder", "proprio_encoder", "decoder", "predictor")
 STATISTICS = ([0.01, -0.02], [0.75, 0.5], [31.5, 28.25, 1.5, -0.5], [14.5, 12.75, 2.0, 3.0])
 
@@ -136,9 +139,8 @@ def instantiate(settings: Any, **arguments: Any) -> Any:
 class Run:
     """One training run's modules and optimizers, built as `train.py` builds them."""
 
-    def __init__(self, encoder: nn.Module, settings: Any, case: Case, seed: int) -> None:
+    def __init__(self, encoder: nn.Module, settings: Any, case: Case) -> None:
         self.settings, self.accelerator = settings, accelerate.Accelerator(cpu=True)
-        generator = torch.Generator().manual_seed(seed)
         widths = {"proprio": case.proprio_dim, "action": 2 * settings.frameskip}
         for name, width in widths.items():
             module = instantiate(
@@ -160,11 +162,11 @@ class Run:
                 dim=self.encoder.emb_dim + extra * settings.concat_dim,
             )
         self.decoder = instantiate(settings.decoder, emb_dim=384) if settings.has_decoder else None
-        for part in ("proprio_encoder", "action_encoder", "predictor"):
-            on_a_grid(getattr(self, part), generator)
+        for seed, part in enumerate(("proprio_encoder", "action_encoder", "predictor")):
+            load_periodic(getattr(self, part), seed)
             setattr(self, part, self.accelerator.prepare(getattr(self, part)))
         if self.decoder is not None:
-            on_a_grid(self.decoder, generator)
+            load_periodic(self.decoder, 3)
         self.model = instantiate(
             settings.model,
             encoder=self.encoder,
@@ -198,18 +200,10 @@ class Run:
         return saved | {name: getattr(self, name) for name in ("action_encoder", "proprio_encoder")}
 
 
-def on_a_grid(module: nn.Module, generator: torch.Generator) -> None:
-    """Give a module random weights that pack well."""
-    randomise(module, generator)
-    for parameter in (*module.parameters(), *module.buffers()):
-        parameter.data.copy_((parameter.data / GRID).round() * GRID)
-
-
-def patterned_frames() -> np.ndarray:
-    """Frames (episodes, FRAMES, 224, 224, 3) that differ everywhere and pack well."""
-    episode, frame, row, column, colour = np.ogrid[:EPISODES, :FRAMES, :224, :224, :3]
-    wave = (row // 7) * (3 + frame + 2 * episode) + (column // 5) * (2 + colour) + 90 * episode
-    return (wave * 9 % 256).astype(np.uint8)
+def load_periodic(module: nn.Module, seed: int) -> None:
+    """Give a module weights that pack well; a period that divides no width makes rows differ."""
+    state = support.seeded_state(support.shapes_of(module), seed, gain=2, period=PERIOD)
+    module.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -230,14 +224,15 @@ def expected(public: types.SimpleNamespace, run: Run, case: Case, seed: int) -> 
         state_std=None,
         transform=public.transforms.default_transform(run.settings.img_size),
     )
-    frames = patterned_frames()
-    shown = preprocessor.transform_obs({"visual": frames, "proprio": proprio.numpy()})
+    shown = {"visual": shared.blocky_frames(), "proprio": proprio.numpy()}
+    shown = preprocessor.transform_obs(shown)
     latent = run.model.encode_obs(shown)
     arrays: Arrays = {"proprio": proprio, "actions": actions, **statistics}
-    arrays |= {f"encode/{name}": value for name, value in latent.items()}
+    arrays |= prefixed("encode", kept_latents(latent))
     # With more tokens the public code fails to draw by transposed convolutions.
     if run.decoder is not None and (case.decoder == "vqvae" or run.patches == 1):
-        arrays["decode"] = run.model.decode_obs(latent)[0]["visual"]
+        drawn = run.model.decode_obs({**latent, "visual": shared.drawn_latents(run.patches)})[0]
+        arrays |= prefixed("decode", shared.sampled(drawn["visual"]))
     objective = {
         mode: public.objectives.create_objective_fn(0.5, base=2, mode=mode)
         for mode in ("last", "all")
@@ -249,7 +244,8 @@ def expected(public: types.SimpleNamespace, run: Run, case: Case, seed: int) -> 
         }
         rolled = run.model.rollout(obs_0=start, act=actions[episode])[0]
         # The first frame is the encoded one.
-        arrays |= {f"rollout/{episode}/{name}": value[:, 1:] for name, value in rolled.items()}
+        imagined = {name: value[:, 1:] for name, value in rolled.items()}
+        arrays |= prefixed(f"rollout/{episode}", kept_latents(imagined))
         goal = {
             k: v[episode : episode + 1, -1:].repeat_interleave(CANDIDATES, 0)
             for k, v in latent.items()
@@ -275,7 +271,7 @@ def main() -> None:
     folder = arguments.out / "checkpoints"
     for name, case in CASES.items():
         settings = compose(dino_wm, case)
-        run = Run(encoder, settings, case, arguments.seed)
+        run = Run(encoder, settings, case)
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
         (target / "hydra.yaml").write_text(OmegaConf.to_yaml(settings, resolve=True))
@@ -288,7 +284,6 @@ def main() -> None:
         saved.with_suffix(".pth.xz").write_bytes(packed)
         saved.unlink()
         print(f"{name}: {sum(f.stat().st_size for f in target.iterdir()) / 1024:.0f} KiB")
-    np.savez_compressed(folder / "frames.npz", frames=patterned_frames())
     manifest = {
         "seed": arguments.seed,
         "commits": {

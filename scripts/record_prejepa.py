@@ -3,10 +3,12 @@
     pip install -e .[dev] einops transformers
     python scripts/record_prejepa.py --stable-worldmodel PATH --out tests/fixtures
 
-writes `prejepa/config.json` and `prejepa/recorded.npz`: predictor and embeddings (random), frames,
-proprioception, actions, and the latents and rollouts of its own classes. The backbone is the
-`Dinov2Model` of transformers with the package's encoder weights, hence in no file. Only the two
-modules that define the model are imported, not the package around them.
+writes `prejepa/config.json` and `prejepa/recorded.npz`: the names and shapes of the predictor's and
+the embeddings' weights, the attention masks, and the latents and rollouts of its own classes, of
+visual ones every thirteenth value and the norms of all tokens. Weights, frames, proprioception and
+actions are those that `tests/reference_support.py` makes of seeds. The backbone is transformers'
+`Dinov2Model` with the package's encoder weights, hence in no file. Only the two modules that define
+the model are imported, not the package around them.
 """
 
 import argparse
@@ -22,12 +24,13 @@ import transformers
 from safetensors.torch import load_file
 
 from record_reference import ROOT, WEIGHTS, commit_of
-from reference_models import randomise
+from reference_models import kept_latents, load_seeded, prefixed
 
 sys.path.insert(0, str(ROOT / "tests"))
 from encoder_support import to_hugging_face
+from reference_support import prejepa_inputs
 
-SIDE, FRAMES, CANDIDATES, HORIZON, FRAMESKIP = 28, 2, 2, 4, 5
+SIDE, CANDIDATES, FRAMESKIP = 28, 2, 5
 WIDTHS = {"proprio": (4, 6), "action": (2 * FRAMESKIP, 8)}
 MODULE = "stable_worldmodel.wm.prejepa.module"
 
@@ -95,43 +98,34 @@ def main() -> None:
     module = importlib.import_module(MODULE)
     public = importlib.import_module("stable_worldmodel.wm.prejepa.prejepa")
 
-    settings, generator = config(), torch.Generator().manual_seed(0)
+    settings = config()
     sizes = {k: v for k, v in settings["predictor"].items() if k != "_target_"}
     predictor = module.CausalPredictor(**sizes)
     extra = torch.nn.ModuleDict(
         {name: module.Embedder(in_chans=width, emb_dim=e) for name, (width, e) in WIDTHS.items()}
     )
-    for part in (predictor, extra):
-        randomise(part, generator)
+    weights = load_seeded(predictor=predictor, extra_encoders=extra)
     model = public.PreJEPA(backbone(), predictor, extra).eval()
-    row, column, colour = np.ogrid[:SIDE, :SIDE, :3]
-    frames = np.stack(
-        [(row * (3 + t) * 9 + column * (2 + colour) * 7) % 256 for t in range(FRAMES)]
-    ).astype(np.uint8)
-    proprio = torch.randn(1, FRAMES, WIDTHS["proprio"][0], generator=generator)
-    actions = torch.randn(1, CANDIDATES, HORIZON, WIDTHS["action"][0], generator=generator)
+    frames, proprio, actions = prejepa_inputs().values()
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
-    pixels = (torch.from_numpy(frames)[None].permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
-    encoded = model.encode({"pixels": pixels, "proprio": proprio, "action": actions[:, 0, :FRAMES]})
+    pixels = (torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255 - mean) / std
+    encoded = model.encode({"pixels": pixels, "proprio": proprio, "action": actions[:, 0, :2]})
     info = {
         "pixels": pixels[:, None, :1].expand(-1, CANDIDATES, -1, -1, -1, -1),
         "proprio": proprio[:, None, :1].expand(-1, CANDIDATES, -1, -1),
         "action": torch.zeros(1, CANDIDATES, 1, WIDTHS["action"][0]),
     }
     rolled = model.rollout(info, actions)
-    arrays = {
-        "frames": frames,
-        "proprio": proprio,
-        "actions": actions,
-        "encode/visual": encoded["pixels_emb"],
-        "encode/proprio": encoded["proprio_emb"],
-        "rollout/visual": rolled["predicted_pixels_emb"][:, :, 1:],
-        "rollout/proprio": rolled["predicted_proprio_emb"][:, :, 1:],
+    latent = {"visual": encoded["pixels_emb"], "proprio": encoded["proprio_emb"]}
+    imagined = {
+        "visual": rolled["predicted_pixels_emb"][:, :, 1:],
+        "proprio": rolled["predicted_proprio_emb"][:, :, 1:],
     }
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    arrays |= {f"state/{name}": value for name, value in state.items()}
+    arrays = {"weights": weights} | prefixed("masks", dict(predictor.named_buffers()))
+    arrays |= prefixed("encode", kept_latents(latent))
+    arrays |= prefixed("rollout", kept_latents(imagined))
     folder = arguments.out / "prejepa"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -140,11 +140,11 @@ def main() -> None:
     public = import_public_code(arguments.dino_wm.resolve(), arguments.dinov2.resolve())
     seed = arguments.seed
     files: dict[str, Callable[[], dict[str, Any]]] = {
-        "encoder": lambda: models.record_encoder(public, seed),
+        "encoder": lambda: models.record_encoder(public),
         "encoder_vits14": lambda: models.record_released_encoder(public, arguments.weights),
         "encoder_sizes": lambda: models.record_encoder_sizes(public, arguments.weights),
-        "predictor": lambda: models.record_predictor(public, seed),
-        "world_model": lambda: models.record_world_model(public, seed),
+        "predictor": lambda: models.record_predictor(public),
+        "world_model": lambda: models.record_world_model(public),
         "end_to_end": lambda: models.record_end_to_end(public, seed),
         "wall_transitions": lambda: wall.record_transitions(public, seed),
         "wall_rollouts": lambda: wall.record_rollouts(public, seed),

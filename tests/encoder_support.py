@@ -15,6 +15,8 @@ from quantwm.models.config import EncoderConfig
 from quantwm.models.dinov2 import DINOv2
 
 ENCODER_SIDES = (98, 196, 224)
+ENCODER_EVERY = 149
+"""Which values of the released sizes' tokens are recorded; no width is a multiple."""
 TINY = EncoderConfig(depth=2, width=24, heads=3)
 
 
@@ -25,27 +27,37 @@ def seeded_bytes(shape, *seed):
     return raw.astype("<u8").view(np.int8)[:count].reshape(shape)
 
 
+def seeded_values(shape, *seed):
+    """float32 in [-1, 1)."""
+    return torch.from_numpy(seeded_bytes(shape, *seed).copy()) / 128.0
+
+
 def seeded_images(side, seed=0):
     """One image (1, 3, side, side) of normalised values in [-1, 1), constant on 7-pixel squares."""
-    squares = torch.from_numpy(seeded_bytes((1, 3, side // 7, side // 7), seed).copy())
-    return (squares / 128.0).repeat_interleave(7, 2).repeat_interleave(7, 3)
+    squares = seeded_values((1, 3, side // 7, side // 7), seed)
+    return squares.repeat_interleave(7, 2).repeat_interleave(7, 3)
 
 
-def seeded_state(shapes, seed=0):
-    """Weights for names and shapes, each from a stream of its own; none of them is neutral."""
+def seeded_state(shapes, seed=0, gain=1, period=None):
+    """Weights for names and shapes, each from a stream of its own; none of them is neutral.
+
+    The larger the gain of the matrices, the more what goes in matters beside the biases. With a
+    period, each weight repeats its first so many values: then it packs well.
+    """
     state = {}
     for name, shape in shapes.items():
-        unit = torch.from_numpy(seeded_bytes(tuple(shape), seed, zlib.crc32(name.encode())).copy())
-        unit = unit / 128.0
+        count = int(np.prod(shape))
+        drawn = seeded_values((min(count, period or count),), seed, zlib.crc32(name.encode()))
+        unit = torch.from_numpy(np.resize(drawn.numpy(), tuple(shape)))
         if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
             state[name] = 1 + 0.5 * unit
         elif len(shape) == 1:
             state[name] = 0.25 * unit
         elif "pos_embed" in name or "token" in name:
             state[name] = unit
-        else:  # A variance of about 1 / fan-in, as a power of two.
+        else:  # A variance of about gain² / fan-in, as a power of two.
             fan_in = int(np.prod(shape[1:]))
-            state[name] = unit * 2.0 ** round(np.log2(1.7 / fan_in**0.5))
+            state[name] = gain * unit * 2.0 ** round(np.log2(1.7 / fan_in**0.5))
     return state
 
 

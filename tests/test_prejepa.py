@@ -1,6 +1,7 @@
 """stable-worldmodel's DINO-WM: the same numbers as there, whichever names its backbone has.
 
-The fixture comes from its own classes, see `scripts/record_prejepa.py`.
+The fixture comes from its own classes, see `scripts/record_prejepa.py`; of visual latents it holds
+a sample of the values and the norms of all tokens.
 """
 
 import json
@@ -15,6 +16,7 @@ import quantwm as qwm
 from encoder_support import to_hugging_face
 from quantwm.errors import CorruptFileError, MismatchError, MissingStatisticsError, UsageError
 from quantwm.models.checkpoint import bundled_encoder_state
+from reference_support import prejepa_inputs, sampled, seeded_parts
 from test_cli import run
 
 FIXTURE = Path(__file__).parent / "fixtures/prejepa"
@@ -35,7 +37,7 @@ STATISTICS = {
 @cache
 def recorded():
     with np.load(FIXTURE / "recorded.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return dict(arrays)
 
 
 @cache
@@ -45,8 +47,11 @@ def state(modern):
     if modern:
         for old, new in TRANSFORMERS_5.items():
             backbone = {name.replace(old, new): value for name, value in backbone.items()}
-    own = {k.removeprefix("state/"): v for k, v in recorded().items() if k.startswith("state/")}
-    return {f"backbone.{name}": value for name, value in backbone.items()} | own
+    parts = {"backbone": backbone} | seeded_parts(str(recorded()["weights"]))
+    for key, mask in recorded().items():
+        if key.startswith("masks/"):
+            parts["predictor"][key.removeprefix("masks/")] = torch.from_numpy(mask)
+    return {f"{part}.{name}": v for part, state in parts.items() for name, v in state.items()}
 
 
 def config(**changes):
@@ -73,27 +78,32 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("prejepa"), state(False))
 
 
-def assert_close(ours, theirs, what):
+def assert_close(ours, name):
+    theirs = torch.from_numpy(recorded()[name])
     error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    assert ours.shape == theirs.shape, what
-    assert error <= 1e-5, f"{what}: relative L2 {error:.2e}"
+    assert ours.shape == theirs.shape, name
+    assert error <= 1e-5, f"{name}: relative L2 {error:.2e}"
+
+
+def assert_sample_close(ours, name):
+    for kind, kept in sampled(ours).items():
+        assert_close(kept, f"{name}/{kind}")
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["released names", "transformers 5"])
 @torch.no_grad()
 def test_latents_and_rollouts_are_those_of_its_own_classes(modern, tmp_path):
     model = qwm.load(write(tmp_path / "model", state(modern)), task="pusht")
-    arrays = recorded()
-    frames = arrays["frames"].numpy()[None]
+    inputs = prejepa_inputs()
     # Recorded after normalisation, as nothing but the model is compared here.
-    proprio = model.embed_proprio(arrays["proprio"])
-    visual = model.encode({"visual": frames, "proprio": np.zeros((1, len(frames[0]), 4))})
-    assert_close(visual["visual"], arrays["encode/visual"], "encoded frames")
-    assert_close(proprio, arrays["encode/proprio"], "encoded proprioception")
-    start = {"visual": visual["visual"][:, :1], "proprio": proprio[:, :1]}
-    rolled = model.rollout(start, arrays["actions"])
-    for part in ("visual", "proprio"):
-        assert_close(rolled[part][:, :, 1:], arrays[f"rollout/{part}"], f"imagined {part}")
+    proprio = model.embed_proprio(inputs["proprio"])
+    latent = model.encode({"visual": inputs["frames"], "proprio": np.zeros((1, 2, 4))})
+    assert_sample_close(latent["visual"], "encode/visual")
+    assert_close(proprio, "encode/proprio")
+    start = {"visual": latent["visual"][:, :1], "proprio": proprio[:, :1]}
+    rolled = model.rollout(start, inputs["actions"])
+    assert_sample_close(rolled["visual"][:, :, 1:], "rollout/visual")
+    assert_close(rolled["proprio"][:, :, 1:], "rollout/proprio")
 
 
 def test_it_plans_quantizes_and_survives_conversion(folder, tmp_path):
@@ -112,8 +122,7 @@ def test_it_plans_quantizes_and_survives_conversion(folder, tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
     small = qwm.quantize(model, "w8")
     qwm.save(small, tmp_path / "small")
-    frames = recorded()["frames"].numpy()[None]
-    observation = {"visual": frames, "proprio": np.zeros((1, 2, 4))}
+    observation = {"visual": prejepa_inputs()["frames"], "proprio": np.zeros((1, 2, 4))}
     again = qwm.load(tmp_path / "small")
     assert torch.equal(again.encode(observation)["visual"], small.encode(observation)["visual"])
 
