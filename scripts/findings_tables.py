@@ -7,15 +7,17 @@ compares tasks, is judged from all of them. Brackets are 95% intervals.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantwm.evaluation import Row
-from quantwm.statistics import paired_difference, wilson_interval
+from quantwm.report.text import decimal, signed
 from quantwm.study.findings import Evidence, findings_of
 from quantwm.study.results import TaskResults, results_of
 from quantwm.study.rows import read_parquet
 from quantwm.study.spec import load_preset
+from quantwm.study.summary import arm_summary
 
 
 def main() -> None:
@@ -41,33 +43,33 @@ def read(path: Path) -> TaskResults:
 
 def arms_table(results: TaskResults) -> list[str]:
     """Success after some replans and at the cap, and against the float arm."""
-    cap = max(len(row["success_by_iteration"]) for rows in results.rows.values() for row in rows)
-    shown = [count for count in (1, 2, 3) if count < cap - 1]
+    every = [row for rows in results.rows.values() for row in rows]
+    cap = max(len(row["success_by_iteration"]) - 1 for row in every)
+    shown = [count for count in (1, 2, 3) if count < cap]
     head = ["arm", *(f"after {count}" for count in shown), "success", "against float", "s"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, rows in results.rows.items():
-        early = [f"{sum(solved_by(row, count) for row in rows) / len(rows):.2f}" for count in shown]
-        won = [bool(row["success"]) for row in rows]
-        low, high = wilson_interval(sum(won), len(won))
-        rate = f"{sum(won) / len(won):.2f} [{low:.2f}, {high:.2f}]"
+        reference = results.rows.get(results.compared.get(name, ""))
         seconds = sum(row["plan_seconds"] for row in rows) / len(rows)
-        cells = [f"`{name}`", *early, rate, against(results, name, won), f"{seconds:.1f}"]
+        found = arm_summary(name, rows, reference, bytes=None, seconds=seconds)
+        early = [decimal(sum(solved_by(row, count) for row in rows) / len(rows)) for count in shown]
+        success = f"{decimal(found['success'])} [{decimal(found['low'])}, {decimal(found['high'])}]"
+        cells = [f"`{name}`", *early, success, difference(found), decimal(found["seconds"], 1)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def solved_by(row: Row, count: int) -> bool:
-    """Whether an episode had succeeded after so many replans (the first entry is before any)."""
-    return any(row["success_by_iteration"][: count + 1])
+    """Whether an episode had succeeded after so many replans."""
+    return row["first_success"] is not None and row["first_success"] <= count
 
 
-def against(results: TaskResults, name: str, won: Sequence[bool]) -> str:
-    """The paired difference to the float arm that an arm is compared with."""
-    reference = results.compared.get(name)
-    if reference is None:
+def difference(found: Mapping[str, Any]) -> str:
+    """The paired difference of `arm_summary`; "" without one."""
+    if found["difference"] is None:
         return ""
-    paired = paired_difference(won, [bool(row["success"]) for row in results.rows[reference]])
-    return f"{paired.difference:+.2f} [{paired.low:+.2f}, {paired.high:+.2f}]"
+    low, high = signed(found["difference_low"]), signed(found["difference_high"])
+    return f"{signed(found['difference'])} [{low}, {high}]"
 
 
 def findings_table(results: Sequence[TaskResults]) -> list[str]:
@@ -89,9 +91,9 @@ def told(clause: Evidence) -> str:
     """One comparison: what, how much, and its verdict."""
     text = clause.text
     if clause.estimate is not None:
-        text += f" {clause.estimate:+.2f}"
+        text += f" {signed(clause.estimate)}"
     if clause.low is not None and clause.high is not None:
-        text += f" [{clause.low:+.2f}, {clause.high:+.2f}]"
+        text += f" [{signed(clause.low)}, {signed(clause.high)}]"
     return f"{text}: {clause.verdict}"
 
 

@@ -7,9 +7,11 @@ outputs, a sample of them where they are large; inputs and weights follow from s
 import json
 
 import numpy as np
+import torch
 
 from encoder_support import seeded_bytes, seeded_state, seeded_values
 
+TOLERANCE = 1e-5
 EPISODES, CANDIDATES, HORIZON = 2, 3, 5
 """Of world models: a model action is five raw actions of width two."""
 STATISTICS = {
@@ -77,3 +79,27 @@ def sampled(tokens, every=13):
     13 divides no width that is recorded, so each token gives other channels. Pictures pass as rows.
     """
     return {"values": tokens.flatten(-2)[..., ::every], "norms": tokens.norm(dim=-1)}
+
+
+def read_arrays(path):
+    """A fixture's tensors, and as text its names and shapes of weights."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    return {
+        key: str(value) if value.dtype.kind == "U" else torch.from_numpy(value)
+        for key, value in arrays.items()
+    }
+
+
+def assert_close(ours, theirs, what):
+    """Within 1e-5 relative L2, in float32."""
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+    assert ours.dtype == torch.float32
+    error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
+    assert error <= TOLERANCE, f"{what}: relative L2 {error:.2e}"
+
+
+def assert_sample_close(ours, arrays, name, every=13):
+    """Tokens against what `sampled` kept of the public ones under a name."""
+    for kind, kept in sampled(ours, every).items():
+        assert_close(kept, arrays[f"{name}/{kind}"], f"{kind} of {name}")

@@ -29,14 +29,20 @@ from quantwm.errors import (
 from quantwm.models.dino_wm_checkpoint import read_checkpoint
 from quantwm.models.hydra_settings import read_settings
 from quantwm.planning.objective import Objective
-from reference_support import blocky_frames, drawn_latents, sampled
+from reference_support import (
+    assert_close,
+    assert_sample_close,
+    blocky_frames,
+    drawn_latents,
+    read_arrays,
+    sampled,
+)
 from test_cli import run
 from test_dino_wm_data import write_point_maze, write_wall
 
 FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
 CASES = ["concat0_hist1", "concat0_hist3", "concat1_hist1", "concat1_hist3", "class_token"]
 WITH_PICTURES = {"concat1_hist3": "vqvae", "class_token": "transposed_conv"}
-TOLERANCE = 1e-5
 STATISTICS = ("action_mean", "action_std", "proprio_mean", "proprio_std")
 
 
@@ -50,25 +56,12 @@ def unpack(case, folder):
 
 @cache
 def expected(case):
-    with np.load(FIXTURES / case / "expected.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    return read_arrays(FIXTURES / case / "expected.npz")
 
 
 def write_statistics(case, path):
     path.write_text(json.dumps({name: expected(case)[name].tolist() for name in STATISTICS}))
     return path
-
-
-def assert_close(ours, theirs, what):
-    assert ours.shape == theirs.shape, what
-    assert ours.dtype == torch.float32
-    error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    assert error <= TOLERANCE, f"{what}: relative L2 {error:.2e}"
-
-
-def assert_sample_close(ours, arrays, name):
-    for kind, kept in sampled(ours).items():
-        assert_close(kept, arrays[f"{name}/{kind}"], f"{kind} of {name}")
 
 
 def tiny(folder, content=None, **changes):

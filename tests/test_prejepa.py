@@ -16,7 +16,13 @@ import quantwm as qwm
 from encoder_support import to_hugging_face
 from quantwm.errors import CorruptFileError, MismatchError, MissingStatisticsError, UsageError
 from quantwm.models.checkpoint import bundled_encoder_state
-from reference_support import prejepa_inputs, sampled, seeded_parts
+from reference_support import (
+    assert_close,
+    assert_sample_close,
+    prejepa_inputs,
+    read_arrays,
+    seeded_parts,
+)
 from test_cli import run
 
 FIXTURE = Path(__file__).parent / "fixtures/prejepa"
@@ -36,8 +42,7 @@ STATISTICS = {
 
 @cache
 def recorded():
-    with np.load(FIXTURE / "recorded.npz") as arrays:
-        return dict(arrays)
+    return read_arrays(FIXTURE / "recorded.npz")
 
 
 @cache
@@ -47,10 +52,10 @@ def state(modern):
     if modern:
         for old, new in TRANSFORMERS_5.items():
             backbone = {name.replace(old, new): value for name, value in backbone.items()}
-    parts = {"backbone": backbone} | seeded_parts(str(recorded()["weights"]))
+    parts = {"backbone": backbone} | seeded_parts(recorded()["weights"])
     for key, mask in recorded().items():
         if key.startswith("masks/"):
-            parts["predictor"][key.removeprefix("masks/")] = torch.from_numpy(mask)
+            parts["predictor"][key.removeprefix("masks/")] = mask
     return {f"{part}.{name}": v for part, state in parts.items() for name, v in state.items()}
 
 
@@ -78,32 +83,20 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("prejepa"), state(False))
 
 
-def assert_close(ours, name):
-    theirs = torch.from_numpy(recorded()[name])
-    error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    assert ours.shape == theirs.shape, name
-    assert error <= 1e-5, f"{name}: relative L2 {error:.2e}"
-
-
-def assert_sample_close(ours, name):
-    for kind, kept in sampled(ours).items():
-        assert_close(kept, f"{name}/{kind}")
-
-
 @pytest.mark.parametrize("modern", [False, True], ids=["released names", "transformers 5"])
 @torch.no_grad()
 def test_latents_and_rollouts_are_those_of_its_own_classes(modern, tmp_path):
     model = qwm.load(write(tmp_path / "model", state(modern)), task="pusht")
-    inputs = prejepa_inputs()
+    inputs, arrays = prejepa_inputs(), recorded()
     # Recorded after normalisation, as nothing but the model is compared here.
     proprio = model.embed_proprio(inputs["proprio"])
     latent = model.encode({"visual": inputs["frames"], "proprio": np.zeros((1, 2, 4))})
-    assert_sample_close(latent["visual"], "encode/visual")
-    assert_close(proprio, "encode/proprio")
+    assert_sample_close(latent["visual"], arrays, "encode/visual")
+    assert_close(proprio, arrays["encode/proprio"], "encoded proprioception")
     start = {"visual": latent["visual"][:, :1], "proprio": proprio[:, :1]}
     rolled = model.rollout(start, inputs["actions"])
-    assert_sample_close(rolled["visual"][:, :, 1:], "rollout/visual")
-    assert_close(rolled["proprio"][:, :, 1:], "rollout/proprio")
+    assert_sample_close(rolled["visual"][:, :, 1:], arrays, "rollout/visual")
+    assert_close(rolled["proprio"][:, :, 1:], arrays["rollout/proprio"], "imagined proprioception")
 
 
 def test_it_plans_quantizes_and_survives_conversion(folder, tmp_path):

@@ -31,15 +31,16 @@ from quantwm.models.predictor import Predictor, reference_state_dict
 from quantwm.planning.objective import Objective
 from reference_support import (
     STATISTICS,
+    assert_close,
+    assert_sample_close,
     noise_images,
-    sampled,
+    read_arrays,
     seeded_parts,
     world_model_inputs,
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WEIGHTS = Path(quantwm.models.__file__).parent / "weights/dinov2_vits14.safetensors"
-TOLERANCE = 1e-5
 WORLD_MODELS = [(0, 1), (0, 3), (1, 1), (1, 3)]
 Arrays = dict[str, Any]
 
@@ -47,30 +48,12 @@ Arrays = dict[str, Any]
 @cache
 def load(name: str) -> Arrays:
     """Recorded tensors, and as text the names and shapes of weights."""
-    with np.load(FIXTURES / f"{name}.npz") as stored:
-        arrays = dict(stored)
-    return {
-        key: str(value) if value.dtype.kind == "U" else torch.from_numpy(value)
-        for key, value in arrays.items()
-    }
+    return read_arrays(FIXTURES / f"{name}.npz")
 
 
 def below(arrays: Arrays, prefix: str) -> Arrays:
     """The arrays under a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
-    assert ours.dtype == torch.float32
-    error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-    assert error <= TOLERANCE, f"{what}: relative L2 {error:.2e}"
-
-
-def assert_sample_close(ours: Tensor, arrays: Arrays, name: str, every: int = 13) -> None:
-    """Tokens against what is kept of the public ones under a name."""
-    for kind, kept in sampled(ours, every).items():
-        assert_close(kept, arrays[f"{name}/{kind}"], f"{kind} of {name}")
 
 
 def use_explicit_attention(model: DINOv2 | Predictor) -> None:

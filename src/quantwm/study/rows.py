@@ -102,7 +102,7 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_parquet(path: Path) -> list[Row]:
