@@ -28,7 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--scheme", help="quantize first; without calibration, so no static ones")
-    parser.add_argument("--chunk", type=int, default=CUDA_CHUNK, help="candidates at once")
+    parser.add_argument("--chunk", type=int, default=CUDA_CHUNK, help="candidates of an episode")
+    parser.add_argument("--together", type=int, help="chunks at once; default as in planning")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -55,13 +56,20 @@ def main() -> None:
         costs, milliseconds = {}, {}
         for recorded in (False, True):
             objective = Objective(model.objective_weights)
-            rollouts = Rollouts(model, objective, chunk=arguments.chunk, recorded=recorded)
+            rollouts = Rollouts(
+                model,
+                objective,
+                chunk=arguments.chunk,
+                together=arguments.together,
+                recorded=recorded,
+            )
             costs[recorded] = rollouts.costs(starts, goals, actions)
             milliseconds[recorded] = _milliseconds(rollouts, starts, goals, actions)
         same = torch.equal(costs[False], costs[True])
         print(
             f"{name}: launched {milliseconds[False]:.2f} ms, replayed {milliseconds[True]:.2f} ms "
-            f"a chunk of {arguments.chunk}; costs {'the same' if same else 'DIFFER'}"
+            f"for {arguments.chunk} candidates, {rollouts.together} episodes at once; "
+            f"costs {'the same' if same else 'DIFFER'}"
         )
 
 

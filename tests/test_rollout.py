@@ -14,7 +14,7 @@ from quantwm.methods import quantize
 from quantwm.models import attention
 from quantwm.models.attention import KeyValueCache, blocked_attention
 from quantwm.planning.objective import Objective
-from quantwm.planning.rollout import ModelCost, Rollouts
+from quantwm.planning.rollout import ModelCost, Rollouts, chunks_together
 from quantwm.quant import QuantPlan
 
 
@@ -206,6 +206,54 @@ def test_an_episodes_costs_do_not_depend_on_its_neighbours():
     assert torch.equal(together[1:], alone)
 
 
+@pytest.mark.parametrize("mode", ["last", "all"])
+@pytest.mark.parametrize("together", [2, 3, 7])
+def test_chunks_of_several_episodes_in_one_kernel_cost_what_they_cost_alone(together, mode):
+    model = tiny_model(num_hist=3)
+    objective = Objective(model.objective_weights, mode=mode)
+    latents, goals = ends(model)
+    actions = candidates(number=9)
+    alone = Rollouts(model, objective, chunk=4).costs(latents, goals, actions)
+    shapes = Counter()
+    rollout = model.rollout
+
+    def counted(latent, chunks, **keywords):
+        shapes[len(latent["visual"]), *chunks.shape[:2]] += 1
+        return rollout(latent, chunks, **keywords)
+
+    model.rollout = counted
+    rollouts = Rollouts(model, objective, chunk=4, together=together)
+    packed = rollouts.costs(latents, goals, actions)
+    # Nine candidates are three chunks, and two episodes six.
+    assert shapes == {(together, together, 4): -(-6 // together)}
+    assert relative(packed, alone) < 1e-6
+    # Beside another episode, and in another place of the kernel.
+    last = rollouts.costs(latents[1:], goals[1:], actions[1:])
+    assert torch.equal(packed[1:], last)
+
+
+def test_a_latent_that_is_one_tensor_is_packed_too():
+    task, model = Field(), PointWorld()
+    episodes = task.episodes(range(3))
+    index = np.arange(3)
+    actions = torch.randn(3, 5, 2, model.action_spec.model_dim)
+    objective = Objective(model.objective_weights)
+    cost = ModelCost(model, task, episodes, objective)
+    cost.observe(index, episodes.start)
+    latents, goals = cost._ends(index)
+    packed = Rollouts(model, objective, chunk=2, together=4)
+    torch.testing.assert_close(packed.costs(latents, goals, actions), cost(index, actions))
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(49, 4), (196, 1), (4, 50)])
+def test_a_gpus_kernel_sees_about_as_many_tokens_whatever_a_frame_has(tokens, expected):
+    model = tiny_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "rollout_chunk", 800 // tokens)
+        assert chunks_together(model, torch.device("cuda"), 64) == expected
+        assert chunks_together(model, torch.device("cpu"), 64) == 1
+
+
 def test_a_budget_for_less_than_a_chunk_is_refused_with_both_numbers():
     model = tiny_model()
     latents, goals = ends(model)
@@ -214,6 +262,8 @@ def test_a_budget_for_less_than_a_chunk_is_refused_with_both_numbers():
         rollouts.costs(latents, goals, candidates())
     with pytest.raises(UsageError, match="chunk must be at least 1, got 0"):
         Rollouts(model, Objective(model.objective_weights), chunk=0)
+    with pytest.raises(UsageError, match="together must be at least 1, got 0"):
+        Rollouts(model, Objective(model.objective_weights), together=0)
 
 
 @pytest.mark.parametrize("plan", [None, "w8"])

@@ -18,7 +18,7 @@ import torch
 from quantwm.errors import UsageError, unknown_name
 from quantwm.protocols import WorldModel
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised whenever a change of this package moves the rows of an unchanged configuration."""
 
 _MEMINFO = Path("/proc/meminfo")

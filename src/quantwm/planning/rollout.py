@@ -1,9 +1,10 @@
 """Costs of candidate plans, by rolling them out in the world model.
 
-A cost is observed (`observe`) once a replan and then asked for candidates many times. Every kernel
-sees one episode's candidates in chunks of one fixed size, padded where they do not fill it, and
-one image at a time when observations are encoded. So an episode's numbers cannot depend on the
-episodes beside it, on how many are planned together, or on the memory at hand.
+A cost is observed (`observe`) once a replan and then asked for candidates many times. An episode's
+candidates come in chunks of one fixed size, padded where they do not fill it. A CPU core takes one
+chunk at a time and a GPU a fixed number of them, of any episodes, padded likewise; observations are
+encoded one image at a time. So kernels always see the same shapes, and an episode's numbers cannot
+depend on the episodes beside it, on how many are planned together, or on the memory at hand.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from quantwm.planning.recorded import Recorded
 from quantwm.planning.workers import Workers
 from quantwm.protocols import Episodes, FloatArray, Latent, Observation, Task, WorldModel
 
-CPU_CHUNK, CUDA_CHUNK = 16, 128
-"""Candidates that a kernel sees at once, unless the model says otherwise (`rollout_chunk`)."""
+CPU_CHUNK, CUDA_CHUNK = 16, 64
+"""Candidates in a chunk, unless the model says otherwise for the CPU (`rollout_chunk`)."""
+_CORES = 16
+"""How many times what keeps a CPU core busy a GPU's kernels see."""
 
 
 class ObservedCost(Protocol):
@@ -44,8 +47,10 @@ class Rollouts:
     Args:
         world_model: in evaluation mode, on its device.
         objective: compares what is predicted with the goal.
-        chunk: candidates that a kernel sees at once. Fixed, because results may depend on it
-            within rounding: the model's `rollout_chunk` if it has one, else 16 (CUDA: 128).
+        chunk: candidates of one episode. Fixed, because results may depend on it within rounding:
+            the model's `rollout_chunk` if it has one, else 16 (CUDA: 64).
+        together: chunks that a kernel sees, fixed likewise: 1, and on CUDA so many that a kernel
+            has enough to do.
         memory_budget: bytes that the chunks in flight may take together; changes no result.
         recorded: whether a GPU replays a recording of its kernels; changes no result.
 
@@ -59,6 +64,7 @@ class Rollouts:
         objective: Objective,
         *,
         chunk: int | None = None,
+        together: int | None = None,
         memory_budget: int | None = None,
         recorded: bool = True,
     ) -> None:
@@ -67,11 +73,18 @@ class Rollouts:
         self.chunk = _chunk_of(world_model, self._device) if chunk is None else chunk
         if self.chunk < 1:
             raise UsageError(f"chunk must be at least 1, got {self.chunk}")
+        if together is None:
+            together = chunks_together(world_model, self._device, self.chunk)
+        self.together = together
+        if self.together < 1:
+            raise UsageError(f"together must be at least 1, got {self.together}")
         replay = recorded and self._device.type == "cuda"
         self._price = Recorded(self._cost) if replay else self._cost
-        what = f"a rollout of {self.chunk} candidates"
-        self.workers = Workers(self._device, memory_budget, what)
-        self._gradient_workers = Workers(self._device, memory_budget, f"the gradient of {what}")
+        what = "a rollout of {} candidates"
+        self.workers = Workers(self._device, memory_budget, what.format(self.chunk * self.together))
+        self._gradient_workers = Workers(
+            self._device, memory_budget, f"the gradient of {what.format(self.chunk)}"
+        )
 
     def costs(self, latents: Sequence[Latent], goals: Sequence[Latent], actions: Tensor) -> Tensor:
         """Costs of candidates.
@@ -87,12 +100,19 @@ class Rollouts:
         placed = actions.to(self._device)
 
         @torch.inference_mode()
-        def run(job: tuple[int, int]) -> Tensor:
-            episode, begin = job
-            chunk = self._padded(placed[episode], begin)
-            return self._price(latents[episode], goals[episode], chunk)
+        def run(jobs: Sequence[tuple[int, int]]) -> Tensor:
+            episodes = [episode for episode, _ in jobs]
+            chunks = [self._padded(placed[episode], begin) for episode, begin in jobs]
+            return self._price(
+                _stacked([latents[episode] for episode in episodes], self.together),
+                _stacked([goals[episode] for episode in episodes], self.together),
+                padded(torch.stack(chunks), self.together),
+            )
 
-        return self._joined(self.workers.map(run, self._jobs(actions)), actions)
+        jobs = self._jobs(actions)
+        kernels = [jobs[i : i + self.together] for i in range(0, len(jobs), self.together)]
+        priced = torch.cat(self.workers.map(run, kernels))[: len(jobs)]
+        return self._joined(priced, actions)
 
     def gradients(
         self, latents: Sequence[Latent], goals: Sequence[Latent], actions: Tensor
@@ -108,20 +128,18 @@ class Rollouts:
             episode, begin = job
             chunk = self._padded(actions[episode], begin).requires_grad_()
             with torch.enable_grad():
-                cost = self._cost(latents[episode], goals[episode], chunk.to(self._device))
+                (cost,) = self._cost(latents[episode], goals[episode], chunk[None].to(self._device))
             (gradient,) = torch.autograd.grad(cost.sum(), chunk)
             return cost.detach(), gradient.float()
 
         results = self._gradient_workers.map(run, self._jobs(actions))
-        costs = self._joined([cost for cost, _ in results], actions)
-        return costs, self._joined([gradient for _, gradient in results], actions)
+        costs, gradients = (torch.stack(parts) for parts in zip(*results, strict=True))
+        return self._joined(costs, actions), self._joined(gradients, actions)
 
-    def _cost(self, latent: Latent, goal: Latent, chunk: Tensor) -> Tensor:
-        """Costs (chunk,) float32 of candidates (chunk, H, D), all on the model's device."""
-        predicted = self._model.rollout(
-            latent, chunk[None], last_only=self._objective.mode == "last"
-        )
-        return self._objective(predicted, goal)[0].float()
+    def _cost(self, latent: Latent, goal: Latent, chunks: Tensor) -> Tensor:
+        """Costs (C, chunk) float32 of candidates (C, chunk, H, D), all on the model's device."""
+        predicted = self._model.rollout(latent, chunks, last_only=self._objective.mode == "last")
+        return self._objective(predicted, goal).float()
 
     def _jobs(self, actions: Tensor) -> list[tuple[int, int]]:
         episodes, candidates = actions.shape[:2]
@@ -130,11 +148,11 @@ class Rollouts:
     def _padded(self, candidates: Tensor, begin: int) -> Tensor:
         return padded(candidates[begin : begin + self.chunk], self.chunk)
 
-    def _joined(self, results: Sequence[Tensor], actions: Tensor) -> Tensor:
-        """Chunks (chunk, ...), episode after episode → (B, N, ...) on the CPU, without padding."""
+    def _joined(self, chunks: Tensor, actions: Tensor) -> Tensor:
+        """(B · chunks an episode, chunk, ...) → (B, N, ...) on the CPU, without padding."""
         episodes, candidates = actions.shape[:2]
         each = ceil(candidates / self.chunk)
-        whole = torch.stack(list(results)).cpu()
+        whole = chunks.cpu()
         return whole.view(episodes, each * self.chunk, *whole.shape[2:])[:, :candidates]
 
 
@@ -223,9 +241,25 @@ def padded(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
+def chunks_together(world_model: WorldModel, device: torch.device, chunk: int) -> int:
+    """How many chunks a kernel sees where many episodes are planned."""
+    if device.type == "cpu":
+        return 1
+    return max(1, _CORES * _core_chunk(world_model) // chunk)
+
+
+def _stacked(latents: Sequence[Latent], size: int) -> Latent:
+    """Latents (1, 1, ...) of n ≤ size chunks as one (size, 1, ...), the last one repeated."""
+    parts = [as_parts(latent) for latent in latents]
+    whole = {name: padded(torch.cat([part[name] for part in parts]), size) for name in parts[0]}
+    return like(whole, latents[0])
+
+
 def _chunk_of(world_model: WorldModel, device: torch.device) -> int:
-    if device.type != "cpu":
-        return CUDA_CHUNK
+    return _core_chunk(world_model) if device.type == "cpu" else CUDA_CHUNK
+
+
+def _core_chunk(world_model: WorldModel) -> int:
     return int(getattr(world_model, "rollout_chunk", CPU_CHUNK))
 
 
