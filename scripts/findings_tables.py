@@ -1,4 +1,4 @@
-"""Markdown tables of a findings study, from its rows: every arm, then the verdict of every finding.
+"""Markdown tables of a findings study, from its rows: verdicts, every arm, and what decided.
 
 python scripts/findings_tables.py docs/results/wall-findings.parquet
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from quantwm.evaluation import Row
 from quantwm.report.text import decimal, signed
-from quantwm.study.findings import Evidence, findings_of
+from quantwm.study.findings import Evidence, Finding, findings_of
 from quantwm.study.results import TaskResults, results_of
 from quantwm.study.rows import read_parquet
 from quantwm.study.spec import load_preset
@@ -27,12 +27,15 @@ def main() -> None:
 
 
 def tables(paths: Sequence[Path]) -> list[str]:
-    """The lines of all tables."""
+    """The lines of all tables: verdicts, then a section a task, then what concerns all tasks."""
     results = [read(path) for path in paths]
-    lines: list[str] = []
+    findings = findings_of(results)
+    lines = verdicts_table(findings, [one.task for one in results])
     for one in results:
-        lines += [*arms_table(one), ""]
-    return lines + findings_table(results)
+        own = [finding for finding in findings if finding.task == one.task]
+        lines += ["", f"## {one.task}", "", *arms_table(one), "", *evidence_table(own)]
+    across = [finding for finding in findings if finding.task is None]
+    return [*lines, "", "## Across tasks", "", *evidence_table(across)]
 
 
 def read(path: Path) -> TaskResults:
@@ -72,18 +75,31 @@ def difference(found: Mapping[str, Any]) -> str:
     return f"{signed(found['difference'])} [{low}, {high}]"
 
 
-def findings_table(results: Sequence[TaskResults]) -> list[str]:
+def verdicts_table(findings: Sequence[Finding], tasks: Sequence[str]) -> list[str]:
+    """A line a statement, a column a task; what concerns all tasks stands in the first."""
+    lines = [f"| finding | {' | '.join(tasks)} |", "| --- " * (1 + len(tasks)) + "|"]
+    statements = {one.number: one.statement for one in findings}
+    for number, statement in sorted(statements.items()):
+        by_task = {one.task: one.verdict for one in findings if one.number == number}
+        if None in by_task:
+            cells = [f"all: {by_task[None]}", *[""] * (len(tasks) - 1)]
+        else:
+            cells = [by_task.get(task, "") for task in tasks]
+        lines.append(f"| {number}. {statement} | {' | '.join(cells)} |")
+    return lines
+
+
+def evidence_table(findings: Sequence[Finding]) -> list[str]:
     """A line a finding with the comparisons that it rests on."""
-    lines = ["| finding | task | verdict | seen |", "| --- | --- | --- | --- |"]
-    for one in findings_of(results):
+    lines = ["| finding | verdict | seen |", "| --- | --- | --- |"]
+    for one in findings:
         seen = "; ".join(told(clause) for clause in one.evidence if clause.n)
         if one.missing:
             lacking = ", ".join(f"`{name}`" for name in one.missing)
             seen = f"{seen}; lacks {lacking}" if seen else f"lacks {lacking}"
         elif one.episodes_needed is not None:
             seen += f"; {one.episodes_needed} episodes would decide it"
-        where = one.task or "all"
-        lines.append(f"| {one.number}. {one.statement} | {where} | {one.verdict} | {seen} |")
+        lines.append(f"| {one.number} | {one.verdict} | {seen} |")
     return lines
 
 

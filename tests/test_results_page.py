@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROWS = sorted((ROOT / "docs/results").glob("*-findings.parquet"))
+ROWS = [ROOT / f"docs/results/{task}-findings.parquet" for task in ("wall", "pusht", "point_maze")]
 
 
 def test_the_results_page_shows_what_the_rows_say():

@@ -1,0 +1,108 @@
+"""One small Parquet file of the finished cells of results folders, for keeping beside documents.
+
+    python scripts/pack_rows.py results/pusht-findings other/folder --out pusht-findings.parquet
+
+Cells of unfinished studies count too, and folders may share a study's arms among them: arms come in
+the order of the `findings` preset, others after them. Positions, distances and costs keep 13 binary
+digits (0.03 of PushT's pixels); every column is stored in the encoding in which it is smallest.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from quantwm.evaluation import Row
+from quantwm.study.rows import SCHEMA
+from quantwm.study.spec import RECORD, load_preset
+from quantwm.study.store import CONFIG, ResultsFolder
+
+BITS = 13
+ROUNDED = ("distance_by_iteration", "cost_by_iteration", "cost_by_step", "states", "goal")
+ENCODINGS = ("PLAIN", "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "DELTA_BYTE_ARRAY")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arms = joined(arguments.folders)
+    rows = [rounded_row(row) for rows in arms.values() for row in rows]
+    arguments.out.write_bytes(packed(pa.Table.from_pylist(rows, schema=SCHEMA)))
+    size = arguments.out.stat().st_size
+    print(f"{len(rows)} rows of {len(arms)} arms, {size} bytes: {', '.join(arms)}")
+
+
+def joined(folders: Sequence[Path]) -> dict[str, list[Row]]:
+    """Rows by arm. An arm that two folders have finished must be the same cell in both."""
+    found: dict[str, tuple[str, list[Row]]] = {}
+    for path in folders:
+        folder = ResultsFolder(path)
+        for arm, cell in yaml.safe_load((path / CONFIG).read_text())[RECORD]["cells"].items():
+            finished = folder.load_cell(cell)
+            if finished is None:
+                continue
+            if found.setdefault(arm, (cell, []))[0] != cell:
+                raise SystemExit(f"{path}: arm {arm} is another cell than in an earlier folder")
+            found[arm] = (cell, list(finished.labelled(arm)))
+    task = next(iter(found.values()))[1][0]["task"]
+    order = {arm.name: place for place, arm in enumerate(load_preset("findings", task).arms)}
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return {name: found[name][1] for name in names}
+
+
+def rounded_row(row: Row) -> Row:
+    return {name: rounded(value) if name in ROUNDED else value for name, value in row.items()}
+
+
+def rounded(value: Any) -> Any:
+    """Numbers, in lists of any depth, to `BITS` binary digits."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return [rounded(part) for part in value]
+    mantissa, exponent = np.frexp(value)
+    return float(np.ldexp(np.round(mantissa * 2.0**BITS), exponent - BITS))
+
+
+def packed(table: pa.Table) -> bytes:
+    """The table as Parquet, each column tried in every encoding."""
+    dictionary: list[str] = []
+    encodings: dict[str, str] = {}
+    for leaf in leaves(table):
+        alone = table.select([leaf.partition(".")[0]])
+        sizes = {None: len(written(alone, use_dictionary=True))}
+        for encoding in ENCODINGS:
+            try:
+                chosen = {leaf: encoding}
+                sizes[encoding] = len(written(alone, use_dictionary=False, column_encoding=chosen))
+            except (OSError, pa.ArrowException):
+                continue  # not for this type
+        best = min(sizes, key=lambda name: sizes[name])
+        if best is None:
+            dictionary.append(leaf)
+        else:
+            encodings[leaf] = best
+    return written(table, use_dictionary=dictionary, column_encoding=encodings)
+
+
+def leaves(table: pa.Table) -> list[str]:
+    schema = pq.ParquetFile(io.BytesIO(written(table))).schema
+    return [schema.column(index).path for index in range(len(schema))]
+
+
+def written(table: pa.Table, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(
+        table, buffer, compression="zstd", compression_level=22, write_statistics=False, **options
+    )
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What plans that nothing chose reach: the floor that a success rate is to be read against.
+
+    python scripts/random_plans.py wall pusht point_maze --episodes 50
+
+executes, on the evaluation episodes of a study and as often as the task replans, a candidate of
+the shipped planner's first step (its noise, seeded alike), and the data's mean action all along.
+Success is looked at after each executed plan, as everywhere.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from quantwm.envs import get_task
+from quantwm.loading import load
+from quantwm.planning.defaults import default_iterations, default_planner
+from quantwm.planning.noise import action_noise
+from quantwm.seeds import episode_seeds
+from quantwm.statistics import wilson_interval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    for name in arguments.tasks:
+        for scale, what in ((1.0, "random plans"), (0.0, "the mean action")):
+            seeds = episode_seeds("evaluation", arguments.seed, arguments.episodes)
+            reached = reach(name, seeds, scale)
+            low, high = wilson_interval(int(reached[-1].sum()), arguments.episodes)
+            after = ", ".join(f"{part.mean():.2f}" for part in reached[:4])
+            print(
+                f"{name}, {what}: {after} after 0 to 3 plans, "
+                f"{reached[-1].mean():.2f} [{low:.2f}, {high:.2f}] after {len(reached) - 1}"
+            )
+
+
+def reach(name: str, seeds: list[int], scale: float) -> list[np.ndarray]:
+    """Whether each episode has succeeded, at the start and after each plan."""
+    task, planner, spec = get_task(name), default_planner(name), load(name).action_spec
+    episodes = task.episodes(seeds)
+    simulation = task.start(episodes)
+    index = np.arange(len(seeds))
+    reached = [task.success(simulation.states, episodes.goal)]
+    for iteration in range(default_iterations(name)):
+        plans = [
+            action_noise(
+                seed,
+                iteration,
+                0,
+                samples=planner.samples,
+                horizon=planner.horizon,
+                action_spec=spec,
+                correlation=planner.noise_correlation,
+            )[1]
+            for seed in seeds
+        ]
+        simulation.step(
+            index, spec.denormalize(scale * planner.sigma * torch.from_numpy(np.stack(plans)))
+        )
+        reached.append(reached[-1] | task.success(simulation.states, episodes.goal))
+    return reached
+
+
+if __name__ == "__main__":
+    main()
