@@ -31,9 +31,9 @@ def main() -> None:
             seeds = episode_seeds("evaluation", arguments.seed, arguments.episodes)
             reached = reach(name, seeds, scale)
             low, high = wilson_interval(int(reached[-1].sum()), arguments.episodes)
-            after = ", ".join(f"{part.mean():.2f}" for part in reached[:4])
+            after = ", ".join(f"{part.mean():.2f}" for part in reached[:7])
             print(
-                f"{name}, {what}: {after} after 0 to 3 plans, "
+                f"{name}, {what}: {after} after 0 to 6 plans, "
                 f"{reached[-1].mean():.2f} [{low:.2f}, {high:.2f}] after {len(reached) - 1}"
             )
 
