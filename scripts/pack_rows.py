@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from quantwm.evaluation import Row
 from quantwm.study.rows import SCHEMA
-from quantwm.study.spec import RECORD, load_preset
-from quantwm.study.store import CONFIG, ResultsFolder
+from quantwm.study.spec import load_preset
+from quantwm.study.tables import Tables
 
 BITS = 13
 ROUNDED = ("distance_by_iteration", "cost_by_iteration", "cost_by_step", "states", "goal")
@@ -41,21 +40,16 @@ def main() -> None:
 
 
 def joined(folders: Sequence[Path]) -> dict[str, list[Row]]:
-    """Rows by arm. An arm that two folders have finished must be the same cell in both."""
-    found: dict[str, tuple[str, list[Row]]] = {}
+    """Rows by arm; of an arm that two folders have finished, the first one's."""
+    found: dict[str, list[Row]] = {}
     for path in folders:
-        folder = ResultsFolder(path)
-        for arm, cell in yaml.safe_load((path / CONFIG).read_text())[RECORD]["cells"].items():
-            finished = folder.load_cell(cell)
-            if finished is None:
-                continue
-            if found.setdefault(arm, (cell, []))[0] != cell:
-                raise SystemExit(f"{path}: arm {arm} is another cell than in an earlier folder")
-            found[arm] = (cell, list(finished.labelled(arm)))
-    task = next(iter(found.values()))[1][0]["task"]
+        tables = Tables.of_folder(path)
+        tables.look()
+        found = {name: tables.rows(name) for name in tables.names} | found
+    task = next(iter(found.values()))[0]["task"]
     order = {arm.name: place for place, arm in enumerate(load_preset("findings", task).arms)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return {name: found[name][1] for name in names}
+    return {name: found[name] for name in names}
 
 
 def rounded_row(row: Row) -> Row:

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves, how it fails."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -112,6 +113,12 @@ def test_a_study_leaves_its_files_and_resumes(tmp_path):
     assert set(json.loads(shown.stdout)["cells"].values()) == {"finished"}
 
 
+def reported_arms(folder):
+    """What a report's table of arms lists."""
+    with (folder / "report-tables/wall-arms.csv").open() as table:
+        return sorted(line["arm"] for line in csv.DictReader(table))
+
+
 def test_a_worker_joins_a_study_and_status_tells(tmp_path):
     out = tmp_path / "study"
     arguments = ["study", "wall", "arms=oracle-state,float", *SMALL, "--out", out]
@@ -121,8 +128,17 @@ def test_a_worker_joins_a_study_and_status_tells(tmp_path):
     cells[0].unlink()
     before = run("status", out)
     assert "2 arms, 1 done, 1 waiting" in before.output.replace("\n", " ")
+    reported = run("report", out)
+    assert reported.exit_code == 0, reported.output
+    assert (out / "report.html").is_file()
+    (kept,) = reported_arms(out)
     joined = run("work", out)
     assert joined.exit_code == 0, joined.output
+    # A worker writes cells alone; the report puts the tables together, wherever it is asked to.
+    apart = run("report", out, "--out", tmp_path / "elsewhere")
+    assert apart.exit_code == 0, apart.output
+    assert kept in reported_arms(tmp_path / "elsewhere")
+    assert reported_arms(tmp_path / "elsewhere") == ["float", "oracle-state"]
     assert (
         json.loads(cells[0].read_text())["rows"][0]["states"]
         == (json.loads(removed)["rows"][0]["states"])
@@ -134,6 +150,12 @@ def test_a_worker_joins_a_study_and_status_tells(tmp_path):
     refused = run("work", out)
     assert refused.exit_code == 1
     assert "another quantwm" in refused.output.replace("\n", " ")
+    for cell in (out / "cells").iterdir():
+        cell.unlink()
+    for folder, says in ((out, "no arm is finished"), (tmp_path, "holds no study")):
+        empty = run("report", folder)
+        assert empty.exit_code == 2
+        assert says in empty.output.replace("\n", " ")
 
 
 def test_several_tasks_get_a_folder_each(tmp_path):

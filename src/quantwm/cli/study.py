@@ -126,6 +126,43 @@ def status(
             print_status(found)
 
 
+@app.command(
+    epilog="Example: quantwm report results/wall-quick, or "
+    "quantwm report results/findings/* --out results/findings"
+)
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Results folders, one a task; finished or not.")
+    ],
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Where report.html goes; default the results folder, or of several the folder "
+            "that they are in.",
+        ),
+    ] = None,
+) -> None:
+    """Write tables and report of what is finished of studies, without computing anything."""
+    with exit_codes():
+        from quantwm.errors import UsageError
+        from quantwm.report import write_report
+        from quantwm.study.tables import Tables
+
+        for folder in folders:
+            tables = Tables.of_folder(folder)
+            tables.look()
+            if not tables.names:
+                raise UsageError(f"{folder} has no rows yet: no arm is finished")
+            tables.write()
+        several = len(folders) > 1
+        written = write_report(
+            folders if several else folders[0],
+            out=out_folder or (folders[0].parent if several else None),
+        )
+        out.print(f"report: {written}", highlight=False)
+
+
 def _executor(workers: int, slurm: bool, settings: list[str], minutes: float) -> "Executor":
     import yaml
 

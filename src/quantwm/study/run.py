@@ -4,13 +4,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from quantwm.compute import NUMERICS_VERSION, cores
 from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
-from quantwm.study.arms import reference_arm
 from quantwm.study.claims import Claims
 from quantwm.study.diagnose import Diagnoses
 from quantwm.study.environment import environment
@@ -18,15 +17,13 @@ from quantwm.study.executors import Executor, InProcess
 from quantwm.study.gate import gate_of
 from quantwm.study.prepare import Prepared, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
-from quantwm.study.store import FinishedCell, ResultsFolder
-from quantwm.study.summary import COLUMNS, arm_summary
+from quantwm.study.store import ResultsFolder
+from quantwm.study.tables import Summary, Tables
 from quantwm.study.work import CellWork, StudyProgress
 from quantwm.study.worker import Job, this_version
 
 logger = logging.getLogger(__name__)
 
-Summary: TypeAlias = dict[str, Any]
-"""One row of the study's table, with the keys `summary.COLUMNS`."""
 OnArm: TypeAlias = Callable[[Summary], None]
 
 
@@ -108,7 +105,7 @@ def run_study(
             "the same command goes on from there"
         ) from error
     run.check_complete()
-    rows, summary = run.write_tables()
+    rows, summary = run.tables.write()
     try:
         _diagnose(replace(job, stage="diagnoses"), prepared, executor, progress)
     except KeyboardInterrupt as error:
@@ -153,13 +150,14 @@ class _Run:
 
     def __init__(self, prepared: Prepared, folder: ResultsFolder, on_arm: OnArm) -> None:
         self._prepared, self._folder, self._on_arm = prepared, folder, on_arm
-        self._finished: dict[str, FinishedCell] = {}
         self._told: set[str] = set()
-        self.ids = {cell.id for cell in prepared.cells.values()}
+        cells = {name: cell.id for name, cell in prepared.cells.items()}
+        self.ids = set(cells.values())
+        self.tables = Tables(prepared.spec.arms, cells, folder)
 
     def left(self) -> list[str]:
         """Arms whose cell is not finished."""
-        return [n for n, cell in self._prepared.cells.items() if cell.id not in self._finished]
+        return [name for name in self._prepared.cells if name not in self.tables.names]
 
     def look(self) -> tuple[int, int]:
         """Take in the cells that have been finished since, tell of them and renew the tables.
@@ -167,23 +165,16 @@ class _Run:
         Returns:
             (cells finished, of how many)
         """
-        cells = self._prepared.cells
-        for cell in cells.values():
-            if cell.id not in self._finished and self._folder.cell_path(cell.id).exists():
-                stored = self._folder.load_cell(cell.id)
-                if stored is not None:
-                    self._finished[cell.id] = stored
-        new = [
-            name
-            for name in self._prepared.order
-            if name not in self._told and cells[name].id in self._finished
-        ]
+        self.tables.look()
+        finished = set(self.tables.names)
+        new = [n for n in self._prepared.order if n in finished and n not in self._told]
         if new:
-            self.write_tables()
+            self.tables.write()
         for name in new:
             self._told.add(name)
-            self._on_arm(self._summary(name))
-        return len(self._finished), len(self.ids)
+            self._on_arm(self.tables.summary(name))
+        cells = self._prepared.cells
+        return len({cells[name].id for name in finished}), len(self.ids)
 
     def forget_failures(self) -> None:
         """Let cells that failed in an earlier run be tried again."""
@@ -217,33 +208,6 @@ class _Run:
         raise QuantWMError(
             f"the workers stopped before {len(left)} of {len(self._prepared.cells)} arms were "
             f"finished; what is done is kept in {self._folder.path}: the same command goes on"
-        )
-
-    def write_tables(self) -> tuple[list[Row], list[Summary]]:
-        """Write rows and summary of all arms that are finished."""
-        names = [n for n, cell in self._prepared.cells.items() if cell.id in self._finished]
-        rows = [row for name in names for row in self._rows(name)]
-        summary = [self._summary(name) for name in names]
-        self._folder.write_episodes(rows)
-        self._folder.write_summary(summary, COLUMNS)
-        return rows, summary
-
-    def _rows(self, name: str) -> list[Row]:
-        return self._finished[self._prepared.cells[name].id].labelled(name)
-
-    def _summary(self, name: str) -> Summary:
-        cells, spec = self._prepared.cells, self._prepared.spec
-        finished = self._finished[cells[name].id]
-        owner = next(other for other, cell in cells.items() if cell.id == finished.id)
-        reference = reference_arm(spec.arms, self._prepared.arm(name))
-        known = reference is not None and cells[reference.name].id in self._finished
-        return arm_summary(
-            name,
-            self._rows(name),
-            self._rows(reference.name) if known and reference is not None else None,
-            bytes=finished.bytes,
-            seconds=finished.seconds,
-            same_as=owner if owner != name else None,
         )
 
     def write_config(self) -> None:

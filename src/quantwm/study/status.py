@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from quantwm.errors import UsageError
 from quantwm.study.claims import Claims
-from quantwm.study.spec import RECORD
 from quantwm.study.store import ResultsFolder
+from quantwm.study.tables import recorded_study
 
 State: TypeAlias = Literal["done", "running", "failed", "waiting"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "waiting")
@@ -58,10 +57,7 @@ def study_status(folder: str | Path) -> StudyStatus:
         CorruptFileError: its configuration is damaged.
     """
     results = ResultsFolder(Path(folder))
-    config = results.read_config()
-    cells = ((config or {}).get(RECORD) or {}).get("cells")
-    if not isinstance(cells, dict):
-        raise UsageError(f"{folder} holds no study: it has no config.yaml with a record of cells")
+    _, cells = recorded_study(results)
     claims = Claims(results.claims)
     return StudyStatus(
         results.path, tuple(_arm(name, str(id), results, claims) for name, id in cells.items())
