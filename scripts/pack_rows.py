@@ -1,10 +1,11 @@
 """One small Parquet file of the finished cells of results folders, for keeping beside documents.
 
-    python scripts/pack_rows.py results/pusht-findings other/folder --out pusht-findings.parquet
+    python scripts/pack_rows.py results/pusht-findings more.parquet --out pusht-findings.parquet
 
-Cells of unfinished studies count too, and folders may share a study's arms among them: arms come in
-the order of the `findings` preset, others after them. Positions, distances and costs keep 13 binary
-digits (0.03 of PushT's pixels); every column is stored in the encoding in which it is smallest.
+Cells of unfinished studies count too, and folders and earlier files may share a study's arms among
+them, each arm being taken from the first that has it. Arms come in the order of the `findings`
+preset, others after them. Positions, distances and costs keep 13 binary digits (0.03 of PushT's
+pixels); every column is stored in the encoding in which it is smallest.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantwm.evaluation import Row
-from quantwm.study.rows import SCHEMA
+from quantwm.study.rows import SCHEMA, read_parquet
 from quantwm.study.spec import load_preset
 from quantwm.study.tables import Tables
 
@@ -29,27 +30,38 @@ ENCODINGS = ("PLAIN", "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "DELTA_BYTE_AR
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("sources", type=Path, nargs="+", help="results folders, or rows")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    arms = joined(arguments.folders)
+    arms = joined(arguments.sources)
     rows = [rounded_row(row) for rows in arms.values() for row in rows]
     arguments.out.write_bytes(packed(pa.Table.from_pylist(rows, schema=SCHEMA)))
     size = arguments.out.stat().st_size
     print(f"{len(rows)} rows of {len(arms)} arms, {size} bytes: {', '.join(arms)}")
 
 
-def joined(folders: Sequence[Path]) -> dict[str, list[Row]]:
-    """Rows by arm; of an arm that two folders have finished, the first one's."""
+def joined(sources: Sequence[Path]) -> dict[str, list[Row]]:
+    """Rows by arm, of the first source that has it."""
     found: dict[str, list[Row]] = {}
-    for path in folders:
-        tables = Tables.of_folder(path)
-        tables.look()
-        found = {name: tables.rows(name) for name in tables.names} | found
+    for path in sources:
+        found = (rows_of_file(path) if path.is_file() else rows_of_folder(path)) | found
     task = next(iter(found.values()))[0]["task"]
     order = {arm.name: place for place, arm in enumerate(load_preset("findings", task).arms)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
     return {name: found[name] for name in names}
+
+
+def rows_of_folder(path: Path) -> dict[str, list[Row]]:
+    tables = Tables.of_folder(path)
+    tables.look()
+    return {name: tables.rows(name) for name in tables.names}
+
+
+def rows_of_file(path: Path) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in read_parquet(path):
+        found.setdefault(row["arm"], []).append(row)
+    return found
 
 
 def rounded_row(row: Row) -> Row:

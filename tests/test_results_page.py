@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from quantwm.study.rows import read_parquet, write_parquet
+
 ROOT = Path(__file__).parents[1]
 ROWS = [ROOT / f"docs/results/{task}-findings.parquet" for task in ("wall", "pusht", "point_maze")]
 
@@ -16,3 +20,31 @@ def test_the_results_page_shows_what_the_rows_say():
     page = (ROOT / "docs/results.md").read_text()
     assert "| `float` |" in printed
     assert printed.strip() in page
+
+
+def test_packing_keeps_what_the_tables_are_made_of(tmp_path):
+    packed = tmp_path / "packed.parquet"
+    script = ROOT / "scripts/pack_rows.py"
+    subprocess.run([sys.executable, script, ROWS[1], "--out", packed], check=True)
+    assert packed.stat().st_size < 1.05 * ROWS[1].stat().st_size
+    before, after = read_parquet(ROWS[1]), read_parquet(packed)
+    assert [row["arm"] for row in before] == [row["arm"] for row in after]
+    for old, new in zip(before, after, strict=True):
+        for name in ("success_by_iteration", "first_success", "cell", "provenance"):
+            assert old[name] == new[name]
+        np.testing.assert_allclose(new["states"], old["states"], rtol=2**-13)
+
+
+def test_packing_takes_an_arm_from_the_first_source_and_rounds_to_13_digits(tmp_path):
+    rows = [row for row in read_parquet(ROWS[1]) if row["arm"] in ("float", "w4")]
+    changed = [row | {"states": [[300.123456789] * 7]} for row in rows if row["arm"] == "float"]
+    sources = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
+    write_parquet(sources[0], changed)
+    write_parquet(sources[1], rows)
+    packed = tmp_path / "packed.parquet"
+    script = ROOT / "scripts/pack_rows.py"
+    subprocess.run([sys.executable, script, *sources, "--out", packed], check=True)
+    found = read_parquet(packed)
+    assert [row["arm"] for row in found] == ["float"] * 50 + ["w4"] * 50
+    assert found[0]["states"] == [[300.125] * 7]
+    assert found[-1]["states"] == rows[-1]["states"]
