@@ -15,7 +15,6 @@ import torch
 from quantwm.envs import get_task
 from quantwm.loading import load
 from quantwm.planning.defaults import default_iterations, default_planner
-from quantwm.planning.noise import action_noise
 from quantwm.seeds import episode_seeds
 from quantwm.statistics import wilson_interval
 
@@ -45,22 +44,12 @@ def reach(name: str, seeds: list[int], scale: float) -> list[np.ndarray]:
     simulation = task.start(episodes)
     index = np.arange(len(seeds))
     reached = [task.success(simulation.states, episodes.goal)]
+    mean = np.zeros((planner.horizon, spec.model_dim), np.float32)
+    deviation = np.full_like(mean, scale * planner.sigma)
     for iteration in range(default_iterations(name)):
-        plans = [
-            action_noise(
-                seed,
-                iteration,
-                0,
-                samples=planner.samples,
-                horizon=planner.horizon,
-                action_spec=spec,
-                correlation=planner.noise_correlation,
-            )[1]
-            for seed in seeds
-        ]
-        simulation.step(
-            index, spec.denormalize(scale * planner.sigma * torch.from_numpy(np.stack(plans)))
-        )
+        # Candidate 0 is the mean itself.
+        plans = [planner.candidates(mean, deviation, seed, iteration, 0, spec)[1] for seed in seeds]
+        simulation.step(index, spec.denormalize(torch.from_numpy(np.stack(plans))))
         reached.append(reached[-1] | task.success(simulation.states, episodes.goal))
     return reached
 

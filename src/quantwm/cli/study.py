@@ -155,11 +155,8 @@ def report(
             if not tables.names:
                 raise UsageError(f"{folder} has no rows yet: no arm is finished")
             tables.write()
-        several = len(folders) > 1
-        written = write_report(
-            folders if several else folders[0],
-            out=out_folder or (folders[0].parent if several else None),
-        )
+        root = folders[0].parent if len(folders) > 1 else None
+        written = write_report(folders, out=out_folder or root)
         out.print(f"report: {written}", highlight=False)
 
 

@@ -60,7 +60,7 @@ def study_status(folder: str | Path) -> StudyStatus:
     _, cells = recorded_study(results)
     claims = Claims(results.claims)
     return StudyStatus(
-        results.path, tuple(_arm(name, str(id), results, claims) for name, id in cells.items())
+        results.path, tuple(_arm(name, id, results, claims) for name, id in cells.items())
     )
 
 
