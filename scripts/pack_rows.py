@@ -3,9 +3,9 @@
     python scripts/pack_rows.py results/pusht-findings more.parquet --out pusht-findings.parquet
 
 Cells of unfinished studies count too, and folders and earlier files may share a study's arms among
-them, each arm being taken from the first that has it. Arms come in the order of the `findings`
-preset, others after them. Positions, distances and costs keep 13 binary digits (0.03 of PushT's
-pixels); every column is stored in the encoding in which it is smallest.
+them, each arm being taken from the first that has it. Arms come in the order of the preset
+(`--preset`), others after them. Positions, distances and costs keep 13 binary digits (0.03 of
+PushT's pixels); every column is stored in the encoding in which it is smallest.
 """
 
 import argparse
@@ -24,7 +24,14 @@ from quantwm.study.spec import load_preset
 from quantwm.study.tables import Tables
 
 BITS = 13
-ROUNDED = ("distance_by_iteration", "cost_by_iteration", "cost_by_step", "states", "goal")
+ROUNDED = (
+    "final_distance",
+    "distance_by_iteration",
+    "cost_by_iteration",
+    "cost_by_step",
+    "states",
+    "goal",
+)
 ENCODINGS = ("PLAIN", "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "DELTA_BYTE_ARRAY")
 
 
@@ -32,21 +39,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", type=Path, nargs="+", help="results folders, or rows")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="findings", help="in whose order arms come")
     arguments = parser.parse_args()
-    arms = joined(arguments.sources)
+    arms = joined(arguments.sources, arguments.preset)
     rows = [rounded_row(row) for rows in arms.values() for row in rows]
     arguments.out.write_bytes(packed(pa.Table.from_pylist(rows, schema=SCHEMA)))
     size = arguments.out.stat().st_size
     print(f"{len(rows)} rows of {len(arms)} arms, {size} bytes: {', '.join(arms)}")
 
 
-def joined(sources: Sequence[Path]) -> dict[str, list[Row]]:
+def joined(sources: Sequence[Path], preset: str) -> dict[str, list[Row]]:
     """Rows by arm, of the first source that has it."""
     found: dict[str, list[Row]] = {}
     for path in sources:
         found = (rows_of_file(path) if path.is_file() else rows_of_folder(path)) | found
     task = next(iter(found.values()))[0]["task"]
-    order = {arm.name: place for place, arm in enumerate(load_preset("findings", task).arms)}
+    order = {arm.name: place for place, arm in enumerate(load_preset(preset, task).arms)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
     return {name: found[name] for name in names}
 
@@ -72,6 +80,8 @@ def rounded(value: Any) -> Any:
     """Numbers, in lists of any depth, to `BITS` binary digits."""
     if isinstance(value, list | tuple | np.ndarray):
         return [rounded(part) for part in value]
+    if value is None:
+        return None
     mantissa, exponent = np.frexp(value)
     return float(np.ldexp(np.round(mantissa * 2.0**BITS), exponent - BITS))
 

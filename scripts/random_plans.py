@@ -2,9 +2,9 @@
 
     python scripts/random_plans.py wall pusht point_maze --episodes 50
 
-executes, on the evaluation episodes of a study and as often as the task replans, a candidate of
-the shipped planner's first step (its noise, seeded alike), and the data's mean action all along.
-Success is looked at after each executed plan, as everywhere.
+executes, on the evaluation episodes of a study, a candidate of the shipped planner's first step
+(its noise, seeded alike), and the data's mean action all along. Success is looked at after each
+executed plan, as everywhere.
 """
 
 import argparse
@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--iterations", type=int, help="default: as often as the task replans")
     arguments = parser.parse_args()
     for name in arguments.tasks:
         for scale, what in ((1.0, "random plans"), (0.0, "the mean action")):
             seeds = episode_seeds("evaluation", arguments.seed, arguments.episodes)
-            reached = reach(name, seeds, scale)
+            count = arguments.iterations or default_iterations(name)
+            reached = reach(name, seeds, scale, count)
             low, high = wilson_interval(int(reached[-1].sum()), arguments.episodes)
             after = ", ".join(f"{part.mean():.2f}" for part in reached[:7])
             print(
@@ -37,7 +39,7 @@ def main() -> None:
             )
 
 
-def reach(name: str, seeds: list[int], scale: float) -> list[np.ndarray]:
+def reach(name: str, seeds: list[int], scale: float, count: int) -> list[np.ndarray]:
     """Whether each episode has succeeded, at the start and after each plan."""
     task, planner, spec = get_task(name), default_planner(name), load(name).action_spec
     episodes = task.episodes(seeds)
@@ -46,7 +48,7 @@ def reach(name: str, seeds: list[int], scale: float) -> list[np.ndarray]:
     reached = [task.success(simulation.states, episodes.goal)]
     mean = np.zeros((planner.horizon, spec.model_dim), np.float32)
     deviation = np.full_like(mean, scale * planner.sigma)
-    for iteration in range(default_iterations(name)):
+    for iteration in range(count):
         # Candidate 0 is the mean itself.
         plans = [planner.candidates(mean, deviation, seed, iteration, 0, spec)[1] for seed in seeds]
         simulation.step(index, spec.denormalize(torch.from_numpy(np.stack(plans))))

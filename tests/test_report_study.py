@@ -13,6 +13,8 @@ from quantwm.report.filmstrip import choose_scenes
 from quantwm.report.layouts import group_of, panels_of, shown_iterations
 from quantwm.report.series import MOST_SERIES, spread, styles_of
 from quantwm.study.findings import Evidence, Finding
+from quantwm.study.rows import read_parquet, write_parquet
+from quantwm.study.spec import load_preset
 from report_support import (
     ENVIRONMENT,
     TASK,
@@ -20,7 +22,9 @@ from report_support import (
     browse,
     fidelity,
     make_config,
+    make_rows,
     make_study,
+    make_summary,
     needs_browser,
     one_task,
     sensitivity,
@@ -387,3 +391,65 @@ def test_the_page_fits_and_follows_the_colour_scheme(opened, report, size, dark)
     seen = next(a for tag, a in Document(dom).tags if tag == "html")
     assert int(seen["data-over"]) <= 0
     assert seen["data-paper"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
+
+
+def packed(tmp_path, name="rows.parquet", arms=("float", "w8", "w4")):
+    rows = [row for arm in arms for row in make_rows(arm, "1110" * 4)]
+    write_parquet(tmp_path / name, rows)
+    return tmp_path / name
+
+
+def test_rows_alone_make_the_report_that_their_folder_makes(tmp_path):
+    arms = ("float", "w8", "w4")
+    file = packed(tmp_path, arms=arms)
+    written = write_report(file, out=tmp_path / "page.html")
+    assert written == tmp_path / "page.html"
+    rows = {arm: [row for row in read_parquet(file) if row["arm"] == arm] for arm in arms}
+    summary = make_summary(rows, dict.fromkeys(arms, 1000))
+    config = load_preset("findings", "wall").with_overrides(["episodes=16"]).to_dict()
+    of_folder = task_report(
+        [row for own in rows.values() for row in own], summary, config, {}, TASK
+    )
+    tables = render([of_folder]).tables
+    name = "report-tables/wall-arms.csv"
+    lines = [
+        list(csv.DictReader(io.StringIO(text)))
+        for text in (tables[name], (tmp_path / name).read_text())
+    ]
+    for expected, found in zip(*lines, strict=True):
+        planning = sum(row["plan_seconds"] for row in rows[found["arm"]])
+        assert found == expected | {"bytes": "", "seconds": str(planning)}
+    assert f"quantwm report {file} --out report" in written.read_text()
+
+
+def test_rows_of_arms_that_the_preset_lacks_and_rows_without_a_place_are_refused(tmp_path):
+    file = packed(tmp_path)
+    with pytest.raises(UsageError, match="give the folder"):
+        write_report(file)
+    other = packed(tmp_path, "other.parquet", ("float", "w4@gptq"))
+    with pytest.raises(UsageError, match=r"'w4@gptq', which the preset 'findings' lacks"):
+        write_report(other, out=tmp_path)
+    assert write_report(other, out=tmp_path, preset="methods").is_file()
+
+
+def test_a_brief_report_is_a_small_page_alone(tmp_path, tasks):
+    whole, brief = render(tasks, FINDINGS), render(tasks, FINDINGS, brief=True)
+    assert len(brief.html) < 0.6 * len(whole.html)
+    assert not brief.tables
+    ids = set(Document(brief.html).values("id"))
+    assert {"findings", "tasks", "wall-weights", "wall-sides", "wall-frames"} <= ids
+    assert not ids & {"wall-episodes", "wall-failures", "wall-setup", "wall-objective"}
+    assert "report-tables" not in brief.html
+    assert brief.html.count('<ol class="strip"') == 2 * len(tasks)
+
+
+def test_plots_repeat_no_style_and_no_digits_that_nobody_sees(report):
+    plots = re.findall(r"<svg.*?</svg>", report.html, re.S)
+    drawn = re.findall(r' (?:d|x|y|transform)="([^"]*)"', "".join(plots))
+    assert drawn
+    assert not re.search(r"\d\.\d{3}", " ".join(drawn))
+    assert not re.search(r"<g>|\n", "".join(plots))
+    styles = re.findall(r'<(?:path|text|use|g)\b[^>]* style="([^"]*)"', "".join(plots))
+    assert max(map(styles.count, styles), default=0) <= 2
+    rules = dict(re.findall(r"^\.(s\d+) \{(.*)\}$", report.html, re.M))
+    assert set(re.findall(r'class="(s\d+)"', report.html)) == set(rules)

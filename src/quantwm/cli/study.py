@@ -128,20 +128,25 @@ def status(
 
 @app.command(
     epilog="Example: quantwm report results/wall-quick, or "
-    "quantwm report results/findings/* --out results/findings"
+    "quantwm report docs/results/*-findings.parquet --out report"
 )
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Results folders, one a task; finished or not.")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Results folders, finished or not, or Parquet files of rows."),
     ],
-    out_folder: Annotated[
+    target: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Where report.html goes; default the results folder, or of several the folder "
-            "that they are in.",
+            help="Folder for report.html, or an HTML file; default the results folder, or of "
+            "several the folder that they are in.",
         ),
     ] = None,
+    preset: Annotated[str, typer.Option(help="Whose arms the files of rows hold.")] = "findings",
+    brief: Annotated[
+        bool, typer.Option("--brief", help="A small page without what is told episode by episode.")
+    ] = False,
 ) -> None:
     """Write tables and report of what is finished of studies, without computing anything."""
     with exit_codes():
@@ -149,14 +154,16 @@ def report(
         from quantwm.report import write_report
         from quantwm.study.tables import Tables
 
+        folders = [source for source in sources if not source.is_file()]
         for folder in folders:
             tables = Tables.of_folder(folder)
             tables.look()
             if not tables.names:
                 raise UsageError(f"{folder} has no rows yet: no arm is finished")
             tables.write()
-        root = folders[0].parent if len(folders) > 1 else None
-        written = write_report(folders, out=out_folder or root)
+        if target is None and len(sources) > 1 and folders == sources:
+            target = sources[0].parent
+        written = write_report(sources, out=target, preset=preset, brief=brief)
         out.print(f"report: {written}", highlight=False)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import TypeAlias
 
+from quantwm.report.svg import shared_styles
 from quantwm.report.tables import Table, data_attributes, tables_in
 from quantwm.report.text import escape
 
@@ -46,12 +47,19 @@ class Section:
         for child in self.children:
             yield from child.tables()
 
-    def html(self, level: int = 2) -> str:
-        """The section with a heading of a level; "" if it is empty."""
+    def html(self, level: int = 2, *, linked: bool = True) -> str:
+        """The section with a heading of a level; "" if it is empty.
+
+        Args:
+            level: of the heading.
+            linked: whether tables link to their CSV.
+        """
         if self.empty:
             return ""
-        content = "".join(part.html() if isinstance(part, Table) else part for part in self.parts)
-        content += "".join(child.html(level + 1) for child in self.children)
+        content = "".join(
+            part.html(linked=linked) if isinstance(part, Table) else part for part in self.parts
+        )
+        content += "".join(child.html(level + 1, linked=linked) for child in self.children)
         heading = f"<h{level}>{escape(self.title)}</h{level}>"
         if self.folded:
             content = f"<details><summary>{heading}</summary>{content}</details>"
@@ -85,7 +93,8 @@ def page(title: str, body: str, *, filtered: bool) -> str:
         filtered: whether the page has a filter, and so its script, which the page's policy
             allows by its hash; without one no script runs.
     """
-    style = _resource("style.css")
+    body, rules = shared_styles(body)
+    style = f"{_resource('style.css')}{rules}\n"
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     script = ""
     if filtered:

@@ -20,7 +20,8 @@ Frame = npt.NDArray[np.uint8]
 """One frame (H, W, 3)."""
 
 MOST_FRAMES = 9
-SIDE = 224
+SIDE, SMALL_SIDE = 224, 112
+"""Pixels: twice as many as a page shows, and as many."""
 _BUDGET = 1_000_000
 _SMALLEST = 56
 
@@ -33,7 +34,7 @@ class Still:
         iteration: MPC iterations executed before it; None for the goal.
         distance: to the goal in the task's units; None if unknown or not finite.
         reached: whether the episode had succeeded by then.
-        image: a PNG as a data URI; None if the state cannot be drawn (not finite).
+        image: a WebP as a data URI, without loss; None if the state cannot be drawn (not finite).
     """
 
     iteration: int | None
@@ -113,15 +114,15 @@ def _row(arm: Arm, episode: int) -> Row:
     return next(row for row in arm.rows if row["episode"] == episode)
 
 
-def strips(scenes: Sequence[Scene], task: Task) -> list[Strip]:
+def strips(scenes: Sequence[Scene], task: Task, *, side: int = SIDE) -> list[Strip]:
     """The scenes drawn.
 
     An episode of more than `MOST_FRAMES` states shows evenly spread ones, the first and the last
-    among them. Frames are at most `SIDE` pixels wide, and smaller if all together would take
+    among them. Frames are at most `side` pixels wide, and smaller if all together would take
     more than a megabyte.
     """
     frames = [_frames(scene.row, task) for scene in scenes]
-    images = _encoded([frame for one in frames for frame in one])
+    images = _encoded([frame for one in frames for frame in one], side)
     return [_strip(scene, images) for scene in scenes]
 
 
@@ -161,20 +162,19 @@ def _layout(row: Row) -> Layout:
     return {name: np.asarray([value]) for name, value in json.loads(row["layout"]).items()}
 
 
-def _encoded(frames: Sequence[Frame | None]) -> Iterator[str | None]:
-    side = SIDE
+def _encoded(frames: Sequence[Frame | None], side: int) -> Iterator[str | None]:
     while True:
-        images = [None if frame is None else _png(frame, side) for frame in frames]
+        images = [None if frame is None else _picture(frame, side) for frame in frames]
         total = sum(len(image) for image in images if image)
         if total <= _BUDGET or side <= _SMALLEST:
             return iter(images)
         side //= 2
 
 
-def _png(frame: Frame, side: int) -> str:
+def _picture(frame: Frame, side: int) -> str:
     image = Image.fromarray(frame)
     if max(image.size) > side:
         image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format="WEBP", lossless=True, quality=100, method=6)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,6 @@
 """The report: one HTML file in which nothing is loaded from elsewhere, and its tables as CSV."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from quantwm.report.across import across
 from quantwm.report.document import Section, contents, page
 from quantwm.report.filters import filter_form
 from quantwm.report.headline import study_lead
-from quantwm.report.load import TaskReport, distinct, read_task
+from quantwm.report.load import TaskReport, distinct, read_rows, read_task
 from quantwm.report.tables import FOLDER
 from quantwm.report.task import is_large, method_styles, task_sections
 from quantwm.report.text import escape
@@ -54,19 +55,26 @@ class Report:
 
 
 def write_report(
-    folders: Path | Sequence[Path],
+    sources: Path | Sequence[Path],
     *,
     out: Path | None = None,
+    preset: str = "findings",
+    brief: bool = False,
     command: str | None = None,
     environment: Mapping[str, Any] | None = None,
     task: Task | None = None,
 ) -> Path:
-    """Write `report.html` from results folders, and `report-tables/` beside it.
+    """Write `report.html` of studies, and `report-tables/` beside it.
 
     Args:
-        folders: of one study or several, usually one a task; each with `config.yaml`,
-            `episodes.parquet`, `summary.csv` and, if there are diagnoses, `diagnostics/*.json`.
-        out: folder to write to; by default that of a single study.
+        sources: results folders of one study or several, usually one a task, each with
+            `config.yaml`, `episodes.parquet`, `summary.csv` and, if there are diagnoses,
+            `diagnostics/*.json`; or files of rows alone (`read_rows`).
+        out: folder to write to, or an HTML file; by default the folder of a single study.
+        preset: whose arms the files of rows hold.
+        brief: the page alone, with verdicts, tables by width, plots where they compare arms, and
+            two small filmstrips a task: without what is told episode by episode, objectives, all
+            arms in one table, and where it ran.
         command: what reproduces the study; default: the command that runs `config.yaml` again.
         environment: shown as it is; default: what each study recorded in its configuration.
         task: draws the filmstrips' frames; default: the one that each configuration names.
@@ -75,11 +83,11 @@ def write_report(
         path of the page.
 
     Raises:
-        UsageError: no folder, or several without `out`.
+        UsageError: no source, or several or a file without `out`.
         QuantWMError: a file is missing, damaged or does not belong to the others, or the report
             cannot be written.
     """
-    chosen = [folders] if isinstance(folders, Path) else list(folders)
+    chosen = [sources] if isinstance(sources, Path) else list(sources)
     if not chosen:
         raise UsageError("a report needs at least one results folder, got none")
     if out is None and len(chosen) > 1:
@@ -87,14 +95,31 @@ def write_report(
             f"a report of {len(chosen)} results folders belongs to none of them; "
             "give the folder to write it to as out"
         )
+    if out is None and chosen[0].is_file():
+        raise UsageError(f"{chosen[0]} is a file of rows; give the folder for its report as out")
     target = chosen[0] if out is None else out
-    tasks = [read_task(folder, environment=environment, task=task) for folder in chosen]
+    file = target if target.suffix == ".html" else target / REPORT
+    tasks = [
+        read_rows(path, preset, task=task)
+        if path.is_file()
+        else read_task(path, environment=environment, task=task)
+        for path in chosen
+    ]
+    if command is None and any(path.is_file() for path in chosen):
+        command = _of_rows(chosen, preset)
     findings = findings_of([task.results for task in tasks])
-    report = render(tasks, findings, command=command)
-    for name, text in {REPORT: report.html, **report.tables}.items():
-        with atomic_path(target / name) as temporary:
+    report = render(tasks, findings, command=command, brief=brief)
+    texts = {file: report.html} | {file.parent / name: t for name, t in report.tables.items()}
+    for path, text in texts.items():
+        with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return target / REPORT
+    return file
+
+
+def _of_rows(sources: Sequence[Path], preset: str) -> str:
+    """The command that makes a report of files of rows."""
+    chosen = [] if preset == "findings" else ["--preset", preset]
+    return shlex.join(["quantwm", "report", *map(str, sources), *chosen, "--out", "report"])
 
 
 def render(
@@ -102,6 +127,7 @@ def render(
     findings: Sequence[Finding] = (),
     *,
     command: str | None = None,
+    brief: bool = False,
 ) -> Report:
     """The report of one task or several; the same arguments give the same text.
 
@@ -109,6 +135,7 @@ def render(
         tasks: at least one.
         findings: verdicts that the page opens with.
         command: what reproduces the study.
+        brief: as in `write_report`.
 
     Raises:
         UsageError: no task.
@@ -119,13 +146,13 @@ def render(
     titles: dict[str, list[tuple[str, str]]] = {}
     for task in tasks:
         titles.setdefault(task.results.task, []).append((task.key, task.title))
-    opening = verdicts(findings, titles)
+    opening = verdicts(findings, titles, table=not brief)
     single = len(tasks) == 1
     arms = [arm for task in tasks for arm in task.arms]
     styles = method_styles(arms)
     parts: list[Section] = []
     for task in tasks:
-        inner = task_sections(task, styles, findings)
+        inner = task_sections(task, styles, findings, brief=brief)
         whole = Section(f"task-{task.key}", task.title, children=inner, task=task.key)
         parts += inner if single else [whole]
     again = f"<pre><code>{escape(command or f'quantwm study {CONFIG}')}</code></pre>"
@@ -144,8 +171,8 @@ def render(
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{study_lead(tasks)}</p>']
     if not single or is_large(tasks[0]):
         body += [contents(sections), choice]
-    body += [section.html() for section in sections]
-    tables = [table for section in sections for table in section.tables()]
+    body += [section.html(linked=not brief) for section in sections]
+    tables = [] if brief else [table for section in sections for table in section.tables()]
     return Report(
         page(title, "\n".join(part for part in body if part), filtered=bool(choice)),
         {f"{FOLDER}/{table.name}.csv": table.csv() for table in tables},

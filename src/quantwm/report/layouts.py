@@ -132,7 +132,7 @@ def iteration_table(task: str, group: str, panels: Sequence[Panel], reference: A
         *differences,
         Column("against", "Against float,<br>95% interval", "against", stored=False),
         Column("verdict", "Separable<br>from float"),
-        Column("bytes", "Stored", "number"),
+        Column("bytes", "Stored" if any(arm.bytes for arm in shown) else None, "number"),
         Column("episodes", "Episodes", "number"),
     ]
     return Table(f"{task}-{group}", GROUPS[group], columns, lines)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantwm.errors import CorruptFileError, MismatchError
+from quantwm.errors import CorruptFileError, MismatchError, UsageError
 from quantwm.evaluation import Row
 from quantwm.protocols import Task
 from quantwm.report.arms import Arm, arms_of
 from quantwm.study.prepare import build_task
 from quantwm.study.results import TaskResults, results_of
 from quantwm.study.rows import read_parquet
-from quantwm.study.spec import RECORD, StudySpec
+from quantwm.study.spec import RECORD, StudySpec, load_preset
 from quantwm.study.store import CONFIG, EPISODES, SUMMARY, ResultsFolder
-from quantwm.study.summary import COLUMNS
+from quantwm.study.summary import COLUMNS, arm_summary
 
 DIAGNOSTICS = "diagnostics"
 """Folder of the diagnoses within a results folder, one JSON file each."""
@@ -93,6 +93,47 @@ def read_task(
         build_task(StudySpec.from_dict(config).task) if task is None else task,
         diagnoses=list(_read_diagnoses(folder / DIAGNOSTICS)),
     )
+
+
+def read_rows(path: Path, preset: str, *, task: Task | None = None) -> TaskReport:
+    """A task's part of the report, from a file of rows without the folder that they come from.
+
+    What is in a results folder only is left out: stored bytes, environment and diagnoses. An
+    arm's seconds are those of planning.
+
+    Args:
+        path: `episodes.parquet` of a study, or rows packed from several.
+        preset: the shipped study whose arms they are.
+        task: draws frames; default: the preset's.
+
+    Raises:
+        UsageError: no such preset, the file has no rows, or some of an arm that the preset lacks.
+        QuantWMError: the file is damaged.
+    """
+    rows = read_parquet(path)
+    if not rows:
+        raise UsageError(f"{path} has no rows")
+    spec = load_preset(preset, rows[0]["task"])
+    spec = spec.with_overrides([f"episodes={len({row['episode'] for row in rows})}"])
+    foreign = {row["arm"] for row in rows} - {arm.name for arm in spec.arms}
+    if foreign:
+        raise UsageError(
+            f"{path} has rows of arm {min(foreign)!r}, which the preset {preset!r} lacks; name "
+            "the preset that they were computed with"
+        )
+    results = results_of(spec, rows)
+    summary = [
+        arm_summary(
+            name,
+            own,
+            results.rows.get(results.compared.get(name, "")),
+            bytes=None,
+            seconds=sum(row["plan_seconds"] for row in own),
+        )
+        for name, own in results.rows.items()
+    ]
+    drawn = build_task(spec.task) if task is None else task
+    return task_report(rows, summary, spec.to_dict(), {}, drawn)
 
 
 def task_report(

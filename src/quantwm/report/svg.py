@@ -8,6 +8,8 @@ width carries it as `data-` attributes, by which the page's filter shows and hid
 import io
 import re
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import parse_qsl, urlencode
@@ -31,6 +33,9 @@ _VARIABLES = dict(
 )
 _STAND_IN = re.compile("|".join(_VARIABLES))
 _FONT = re.compile(r"font(-family)?:[^;]*;?")
+_GEOMETRY = frozenset({"d", "x", "y", "points", "transform"})
+_LONG = re.compile(r"-?\d+\.\d{3,}")
+_STYLED = re.compile(r'(?P<before><(?:g|path|text|use|rect)\b[^<>]*?) style="(?P<style>[^"]*)"')
 _DATA = "data:"
 
 
@@ -105,6 +110,7 @@ def inline(figure: Figure, name: str, description: str) -> str:
     used = set(re.findall(r"#([\w-]+)", " ".join(_references(root))))
     for element in root.iter():
         _clean(element, name, used)
+    _slim(root)
     root.attrib = {
         "viewBox": root.attrib["viewBox"],
         "width": f"{figure.get_figwidth() * 72:g}",
@@ -113,6 +119,34 @@ def inline(figure: Figure, name: str, description: str) -> str:
         "aria-label": description,
     }
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _id(name: str, own: str) -> str:
+    """The page's id for one of a plot's own; short, because every marker repeats it."""
+    return f"p{zlib.crc32(f'{name} {own}'.encode()):x}"
+
+
+def _invisible(element: ElementTree.Element) -> bool:
+    """Whether an element is a path without stroke and filling, as is a figure's background."""
+    return element.attrib.get("style") == "fill:none" and "id" not in element.attrib
+
+
+def shared_styles(html: str) -> tuple[str, str]:
+    """Styles that several elements of a page's plots have, as classes.
+
+    Returns:
+        the page with classes in their place, and the rules.
+    """
+    counts = Counter(match["style"] for match in _STYLED.finditer(html))
+    repeated = [style for style, count in counts.most_common() if count > 2]
+    classes = {style: f"s{number}" for number, style in enumerate(repeated)}
+
+    def named(match: re.Match[str]) -> str:
+        style = match["style"]
+        return f'{match["before"]} class="{classes[style]}"' if style in classes else match[0]
+
+    rules = "\n".join(f".{name} {{{style}}}" for style, name in classes.items())
+    return _STYLED.sub(named, html), rules
 
 
 def _references(root: ElementTree.Element) -> Iterator[str]:
@@ -135,17 +169,45 @@ def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
                 continue
             if value not in used:
                 continue
-            text = f"{name}-{value}"
+            text = _id(name, value)
         elif bare == "href":
-            text = f"#{name}-{value.removeprefix('#')}"
-        elif "url(#" in value:
-            text = value.replace("url(#", f"url(#{name}-")
+            text = f"#{_id(name, value.removeprefix('#'))}"
+        elif match := re.fullmatch(r"url\(#(.*)\)", value):
+            text = f"url(#{_id(name, match[1])})"
+        elif bare in _GEOMETRY:
+            text = _LONG.sub(lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
+            text = re.sub(r" *\b([A-Zz]) *", r"\1", text).rstrip()
         if bare == "style":
             text = _STAND_IN.sub(lambda match: f"var(--{_VARIABLES[match[0]]})", text)
             if element.tag == "text":
                 text = _style_of_text(text)
-        cleaned[bare] = text
+            text = re.sub(r"([:;]) +", r"\1", text)
+        if not text.startswith("rotate(-0 "):
+            cleaned[bare] = text
     element.attrib = cleaned
+
+
+def _slim(element: ElementTree.Element) -> None:
+    """Leave out what draws nothing: indentation, empty and needless groups, repeated styles."""
+    children: list[ElementTree.Element] = []
+    for child in element:
+        _slim(child)
+        if child.tag == "g" and not child.attrib:
+            children += child
+        elif (len(child) or child.attrib or child.text) and not _invisible(child):
+            children.append(child)
+    styles = {child.attrib.get("style") for child in children}
+    if element.tag == "g" and len(children) > 1 and len(styles) == 1:
+        style = styles.pop()
+        if style is not None and "style" not in element.attrib:
+            element.attrib["style"] = style
+            for child in children:
+                del child.attrib["style"]
+    element[:] = children
+    for part in children:
+        part.tail = None
+    if element.tag != "text":
+        element.text = None
 
 
 def _style_of_text(style: str) -> str:

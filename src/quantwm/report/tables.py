@@ -80,8 +80,8 @@ class Table:
     lines: Sequence[Line]
     kind: str = "wide"
 
-    def html(self) -> str:
-        """The table in a frame that scrolls sideways, with the link to its CSV."""
+    def html(self, *, linked: bool = True) -> str:
+        """The table in a frame that scrolls sideways, with the link to its CSV if `linked`."""
         shown = [column for column in self.columns if column.head is not None]
         heads = "".join(f'<th scope="col"{_class(c.kind)}>{c.head}</th>' for c in shown)
         bodies = []
@@ -94,12 +94,12 @@ class Table:
         table = (
             f"<table{_class(self.kind)}><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table>"
         )
-        path = f"{FOLDER}/{self.name}.csv"
+        path = escape(f"{FOLDER}/{self.name}.csv")
+        link = f'<p class="csv"><a href="{path}" download>{path}</a></p>' if linked else ""
         return (
             f'<div class="table" data-group>'
             f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(self.label)}">'
-            f'{table}</div><p class="csv"><a href="{escape(path)}" download>{escape(path)}</a></p>'
-            "</div>"
+            f"{table}</div>{link}</div>"
         )
 
     def csv(self) -> str:
@@ -114,10 +114,12 @@ class Table:
 
 
 def number(value: float | None, text: str, *, share: float | None = None) -> Cell:
-    """A number with its exact value; absent if None."""
+    """A number with its exact value where the text rounds it; absent if None."""
     if value is None:
         return Cell()
-    return Cell(f'<data value="{value!r}">{text}</data>', value, share=share)
+    exact = text.isascii() and text.replace(".", "", 1).isdigit() and float(text) == value
+    shown = text if exact else f'<data value="{value!r}">{text}</data>'
+    return Cell(shown, value, share=share)
 
 
 def words(text: str, kind: str = "") -> Cell:

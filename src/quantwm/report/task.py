@@ -6,7 +6,7 @@ from quantwm.report import sections
 from quantwm.report.arms import Arm
 from quantwm.report.diagnosis import fidelity, sensitivity
 from quantwm.report.document import Part, Section
-from quantwm.report.filmstrip import choose_scenes, strips
+from quantwm.report.filmstrip import SIDE, SMALL_SIDE, choose_scenes, strips
 from quantwm.report.filters import filter_data
 from quantwm.report.headline import headline
 from quantwm.report.interventions import causes, interventions, judged
@@ -39,7 +39,11 @@ def is_large(task: TaskReport) -> bool:
 
 
 def task_sections(
-    task: TaskReport, styles: Mapping[str, Style], findings: Sequence[Finding]
+    task: TaskReport,
+    styles: Mapping[str, Style],
+    findings: Sequence[Finding],
+    *,
+    brief: bool = False,
 ) -> list[Section]:
     """Everything that the report shows of a task.
 
@@ -47,22 +51,28 @@ def task_sections(
         task: the task.
         styles: of the methods of all tasks.
         findings: of the whole study.
+        brief: as in `write_report`.
     """
     verdicts = judged(task)
-    middle = _large(task, styles, findings) if is_large(task) else _small(task)
     name, key = task.key, task.key
     large = is_large(task)
-    frames = [_frames(task, causes(verdicts))]
+    middle = _large(task, styles, findings, brief=brief) if large else _small(task)
+    frames = _frames(task, causes(verdicts), brief=brief)
+    shown = [
+        *middle,
+        interventions(task, verdicts),
+        fidelity(task, styles),
+        sensitivity(task),
+        Section(f"{name}-frames", "Episodes in frames", [frames], task=key),
+    ]
+    if brief:
+        return shown
     grid = sections.episode_grid(task.arms, name)
     fails: list[Part] = [claim("failures", findings, task.results.task) if large else ""]
     fails += sections.failures(task.arms, name)
     setup = sections.reproduction(task.rows, task.config, task.environment)
     return [
-        *middle,
-        interventions(task, verdicts),
-        fidelity(task, styles),
-        sensitivity(task),
-        Section(f"{name}-frames", "Episodes in frames", frames, task=key),
+        *shown,
         Section(f"{name}-episodes", "Episode by episode", grid, task=key, folded=large),
         Section(f"{name}-failures", "Failures by reason", fails, task=key, folded=large),
         Section(f"{name}-setup", "Configuration and environment", [setup], task=key, folded=large),
@@ -87,13 +97,15 @@ def _small(task: TaskReport) -> list[Section]:
 
 
 def _large(
-    task: TaskReport, styles: Mapping[str, Style], findings: Sequence[Finding]
+    task: TaskReport, styles: Mapping[str, Style], findings: Sequence[Finding], *, brief: bool
 ) -> list[Section]:
     name, key = task.key, task.key
     overview = Section(
         f"{name}-overview", "In short", [headline(task), _sizes(task, styles)], task=key
     )
-    groups = [_group(group, task, styles, findings) for group in GROUPS]
+    groups = [_group(group, task, styles, findings, least=2 if brief else 1) for group in GROUPS]
+    if brief:
+        return [overview, *groups]
     everything = Section(
         f"{name}-arms",
         "Every arm in one table",
@@ -105,8 +117,13 @@ def _large(
 
 
 def _group(
-    group: str, task: TaskReport, styles: Mapping[str, Style], findings: Sequence[Finding]
+    group: str,
+    task: TaskReport,
+    styles: Mapping[str, Style],
+    findings: Sequence[Finding],
+    least: int,
 ) -> Section:
+    """A group's table, and a plot of each panel that has at least so many arms."""
     name, title = f"{task.key}-{group}", GROUPS[group]
     panels = panels_of(group, task.arms)
     if not panels:
@@ -116,6 +133,7 @@ def _group(
     plots = "".join(
         _curves(f"{name}-{slug(panel.title)}-{index}", panel, task, styles, group)
         for index, panel in enumerate(_split(panels))
+        if len(panel.members) >= least
     )
     hint = '<p class="hint">Success rate after MPC iteration 0 (the start), 1, and so on.</p>'
     return Section(
@@ -200,9 +218,11 @@ def _sizes(task: TaskReport, styles: Mapping[str, Style]) -> str:
     )
 
 
-def _frames(task: TaskReport, known: Mapping[str, str]) -> str:
+def _frames(task: TaskReport, known: Mapping[str, str], *, brief: bool) -> str:
     scenes, choice = choose_scenes(task.arms, known)
-    return sections.filmstrips(strips(scenes, task.task), choice, task.task.name) if scenes else ""
+    side, most = (SMALL_SIDE, 2) if brief else (SIDE, len(scenes))
+    shown = strips(scenes[:most], task.task, side=side)
+    return sections.filmstrips(shown, choice, task.task.name) if shown else ""
 
 
 def _front(arms: Sequence[Arm]) -> list[Arm]:

@@ -17,7 +17,7 @@ Titles: TypeAlias = Mapping[str, Sequence[tuple[str, str]]]
 """Task's name → (key, title) of its sections."""
 
 
-def verdicts(findings: Sequence[Finding], titles: Titles) -> Section:
+def verdicts(findings: Sequence[Finding], titles: Titles, *, table: bool = True) -> Section:
     """One block a finding with its verdict in every task and the evidence folded behind it.
 
     Findings of which the study lacks most of the evidence share one line.
@@ -25,6 +25,7 @@ def verdicts(findings: Sequence[Finding], titles: Titles) -> Section:
     Args:
         findings: of all tasks, in any order.
         titles: task's name → (key, title) of its sections.
+        table: whether all evidence follows as a table.
     """
     ordered = sorted(findings, key=lambda one: one.number)
     tested = [one for one in ordered if is_tested(one)]
@@ -35,7 +36,7 @@ def verdicts(findings: Sequence[Finding], titles: Titles) -> Section:
             f'<div class="finding" id="finding-{key[0]}"><h3>{key[0]}. {escape(key[1])}</h3>'
             f"{blocks}</div>"
         )
-    if tested:
+    if tested and table:
         parts += [
             "<details><summary>All evidence as a table</summary>",
             _table(tested),
