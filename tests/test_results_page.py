@@ -1,25 +1,58 @@
 """The tables that the documentation shows are those of the rows beside it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from quantwm.report.verdicts import is_tested
+from quantwm.study.findings import findings_of
+from quantwm.study.results import results_of
 from quantwm.study.rows import read_parquet, write_parquet
+from quantwm.study.spec import load_preset
 
 ROOT = Path(__file__).parents[1]
 ROWS = [ROOT / f"docs/results/{task}-findings.parquet" for task in ("wall", "pusht", "point_maze")]
+SECOND = ROOT / "docs/results/wall-second-seed.parquet"
 
 
-def test_the_results_page_shows_what_the_rows_say():
-    script = ROOT / "scripts/findings_tables.py"
+@pytest.mark.parametrize(
+    ("script", "rows"), [("findings_tables.py", ROWS), ("two_models.py", [ROWS[0], SECOND])]
+)
+def test_the_results_page_shows_what_the_rows_say(script, rows):
     printed = subprocess.run(
-        [sys.executable, script, *ROWS], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "scripts" / script, *rows],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     page = (ROOT / "docs/results.md").read_text()
     assert "| `float` |" in printed
     assert printed.strip() in page
+
+
+def test_the_page_of_the_findings_has_the_verdicts_that_the_rows_give():
+    findings = findings_of(
+        [results_of(load_preset("findings", task(r)), r) for r in map(read_parquet, ROWS)]
+    )
+    page = (ROOT / "docs/findings.html").read_text()
+    blocks = re.split(r'<div class="finding" id="finding-(\d)">', page)[1:]
+    shown = {
+        int(number): re.findall(r'<summary><span class="chip (\w+)">', block)
+        for number, block in zip(blocks[::2], blocks[1::2], strict=True)
+    }
+    for number, verdicts in shown.items():
+        assert sorted(verdicts) == sorted(
+            one.verdict for one in findings if one.number == number and is_tested(one)
+        )
+    assert set(shown) == {1, 2, 3, 4, 5, 6}
+
+
+def task(rows):
+    return rows[0]["task"]
 
 
 def test_packing_keeps_what_the_tables_are_made_of(tmp_path):
