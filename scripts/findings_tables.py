@@ -7,9 +7,8 @@ compares tasks, is judged from all of them. Brackets are 95% intervals.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from quantwm.evaluation import Row
 from quantwm.report.text import decimal, signed
@@ -52,12 +51,10 @@ def arms_table(results: TaskResults) -> list[str]:
     head = ["arm", *(f"after {count}" for count in shown), "success", "against float", "s"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, rows in results.rows.items():
-        reference = results.rows.get(results.compared.get(name, ""))
+        success, against = compared(results, name)
         seconds = sum(row["plan_seconds"] for row in rows) / len(rows)
-        found = arm_summary(name, rows, reference, bytes=None, seconds=seconds)
         early = [decimal(sum(solved_by(row, count) for row in rows) / len(rows)) for count in shown]
-        success = f"{decimal(found['success'])} [{decimal(found['low'])}, {decimal(found['high'])}]"
-        cells = [f"`{name}`", *early, success, difference(found), decimal(found["seconds"], 1)]
+        cells = [f"`{name}`", *early, success, against, decimal(seconds, 1)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -67,12 +64,15 @@ def solved_by(row: Row, count: int) -> bool:
     return row["first_success"] is not None and row["first_success"] <= count
 
 
-def difference(found: Mapping[str, Any]) -> str:
-    """The paired difference of `arm_summary`; "" without one."""
+def compared(results: TaskResults, name: str) -> tuple[str, str]:
+    """An arm's success, and its paired difference against its float arm; "" without one."""
+    reference = results.rows.get(results.compared.get(name, ""))
+    found = arm_summary(name, results.rows[name], reference, bytes=None, seconds=0.0)
+    success = f"{decimal(found['success'])} [{decimal(found['low'])}, {decimal(found['high'])}]"
     if found["difference"] is None:
-        return ""
+        return success, ""
     low, high = signed(found["difference_low"]), signed(found["difference_high"])
-    return f"{signed(found['difference'])} [{low}, {high}]"
+    return success, f"{signed(found['difference'])} [{low}, {high}]"
 
 
 def verdicts_table(findings: Sequence[Finding], tasks: Sequence[str]) -> list[str]:
@@ -105,9 +105,15 @@ def evidence_table(findings: Sequence[Finding]) -> list[str]:
 
 def told(clause: Evidence) -> str:
     """One comparison: what, how much, and its verdict."""
-    text = clause.text
+    space = "" if clause.estimate is None else " "
+    return f"{clause.text}{space}{measured(clause)}"
+
+
+def measured(clause: Evidence) -> str:
+    """How much, and the verdict on it."""
+    text = ""
     if clause.estimate is not None:
-        text += f" {signed(clause.estimate)}"
+        text += signed(clause.estimate)
     if clause.low is not None and clause.high is not None:
         text += f" [{signed(clause.low)}, {signed(clause.high)}]"
     return f"{text}: {clause.verdict}"

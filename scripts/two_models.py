@@ -10,14 +10,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from findings_tables import difference
-from quantwm.evaluation import Row
-from quantwm.report.text import decimal, signed
-from quantwm.study.findings import Evidence, Finding, findings_of
+from findings_tables import compared, measured
+from quantwm.study.findings import Finding, findings_of
 from quantwm.study.results import TaskResults, results_of
 from quantwm.study.rows import read_parquet
 from quantwm.study.spec import load_preset
-from quantwm.study.summary import arm_summary
 
 
 def main() -> None:
@@ -41,7 +38,7 @@ def tables(first: TaskResults, second: TaskResults) -> list[str]:
     lines = ["| arm | first | against its float | second | against its float |"]
     lines.append("| --- " * 5 + "|")
     for name in first.rows:
-        cells = [cell for results in (first, second) for cell in arm_cells(results, name)]
+        cells = [cell for results in (first, second) for cell in compared(results, name)]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", "| comparison | first | second |", "| --- | --- | --- |"]
     for one, other in zip(findings_of([first]), findings_of([second]), strict=True):
@@ -53,27 +50,10 @@ def tables(first: TaskResults, second: TaskResults) -> list[str]:
 def evidence(one: Finding, other: Finding) -> list[str]:
     """A line a comparison of a finding that both models have episodes for."""
     return [
-        f"| {one.number}: {mine.text} | {told(mine)} | {told(its)} |"
+        f"| {one.number}: {mine.text} | {measured(mine)} | {measured(its)} |"
         for mine, its in zip(one.evidence, other.evidence, strict=True)
         if mine.n and its.n
     ]
-
-
-def told(clause: Evidence) -> str:
-    """What was estimated, and what it says of the statement."""
-    if clause.estimate is None or clause.low is None or clause.high is None:
-        return clause.verdict
-    interval = f"[{signed(clause.low)}, {signed(clause.high)}]"
-    return f"{signed(clause.estimate)} {interval}: {clause.verdict}"
-
-
-def arm_cells(results: TaskResults, name: str) -> tuple[str, str]:
-    """An arm's success and its paired difference against float."""
-    rows: Sequence[Row] = results.rows[name]
-    reference = results.rows.get(results.compared.get(name, ""))
-    found = arm_summary(name, rows, reference, bytes=None, seconds=0.0)
-    success = f"{decimal(found['success'])} [{decimal(found['low'])}, {decimal(found['high'])}]"
-    return success, difference(found)
 
 
 if __name__ == "__main__":
