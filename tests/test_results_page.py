@@ -66,11 +66,16 @@ def test_packing_keeps_what_the_tables_are_made_of(tmp_path):
         for name in ("success_by_iteration", "first_success", "cell", "provenance"):
             assert old[name] == new[name]
         np.testing.assert_allclose(new["states"], old["states"], rtol=2**-13)
+        np.testing.assert_allclose(new["cost_by_iteration"], old["cost_by_iteration"], rtol=2**-10)
 
 
-def test_packing_takes_an_arm_from_the_first_source_and_rounds_to_13_digits(tmp_path):
+def test_packing_takes_an_arm_from_the_first_source_and_rounds(tmp_path):
     rows = [row for row in read_parquet(ROWS[1]) if row["arm"] in ("float", "w4")]
-    changed = [row | {"states": [[300.123456789] * 7]} for row in rows if row["arm"] == "float"]
+    changed = [
+        row | {"states": [[300.123456789] * 7], "cost_by_iteration": [0.3]}
+        for row in rows
+        if row["arm"] == "float"
+    ]
     sources = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
     write_parquet(sources[0], changed)
     write_parquet(sources[1], rows)
@@ -80,4 +85,5 @@ def test_packing_takes_an_arm_from_the_first_source_and_rounds_to_13_digits(tmp_
     found = read_parquet(packed)
     assert [row["arm"] for row in found] == ["float"] * 50 + ["w4"] * 50
     assert found[0]["states"] == [[300.125] * 7]
+    assert found[0]["cost_by_iteration"] == [614 / 2048]
     assert found[-1]["states"] == rows[-1]["states"]
