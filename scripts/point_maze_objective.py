@@ -20,7 +20,7 @@ from scipy.spatial import KDTree
 
 from objective_support import VIEW, latents, model_of
 from quantwm.envs import get_task
-from quantwm.evaluation import evaluate_oracle
+from quantwm.evaluation import evaluate_reference
 from quantwm.models.dino_wm import DINOWM
 from quantwm.seeds import episode_seeds
 
@@ -97,9 +97,9 @@ def main() -> None:
             settings["mpc_iterations"] = iterations
             settings["world_model"] = world_model
             if number == 0:
-                found = evaluate_oracle("oracle-state", task, **settings)
+                found = evaluate_reference("oracle-state", task, **settings)
                 print(f"oracle-state, {iterations} iterations: {found}", flush=True)
-            found = evaluate_oracle("oracle-latent", WithoutFrames(task), **settings)
+            found = evaluate_reference("oracle-latent", WithoutFrames(task), **settings)
             print(
                 f"{view}, {world_model.config.num_patches} tokens, lookup error {error:.3f}, "
                 f"{iterations} iterations: {found}",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from quantwm.envs.wall import Wall
+from quantwm.evaluation import REFERENCES
 from quantwm.report import task_report
 from quantwm.seeds import keyed_generator
 from quantwm.study.arms import parse_arms
@@ -157,7 +158,7 @@ def whole_study(episodes=24, task="wall"):
             row["failure"] = None if row["success"] else broken
         bits = next((b for b in (8, 4, 3, 2) if f"w{b}" in arm.name), 32)
         size = 3_000_000 * bits + 600_000 * ("g128" in arm.name)
-        sizes[arm.name] = None if arm.kind.startswith("oracle") else size
+        sizes[arm.name] = None if arm.kind in REFERENCES else size
     config = make_config([arm.name for arm in arms], task=task) | {"episodes": episodes}
     rows_of_all = [row for one in rows.values() for row in one]
     return rows_of_all, make_summary(rows, sizes), config

@@ -10,7 +10,7 @@ import quantwm as qwm
 from foreign import Field, PointWorld
 from quantwm.calibration import Calibration, calibrate
 from quantwm.errors import CorruptFileError, MismatchError, UsageError
-from quantwm.evaluation import evaluate, evaluate_oracle
+from quantwm.evaluation import evaluate, evaluate_reference
 from quantwm.planning.cem import CEM
 from quantwm.study.rows import comparable
 from quantwm.study.run import run_study
@@ -57,9 +57,28 @@ def test_arms_meet_the_same_goals_and_the_same_model_shows_no_difference():
     outcome = evaluate(PointWorld(), Field(), **QUICK, baseline=PointWorld())
     assert outcome.difference.difference == 0
     assert "against float" in str(outcome)
-    oracle = evaluate_oracle("oracle-state", Field(), world_model=PointWorld(), **QUICK)
+    oracle = evaluate_reference("oracle-state", Field(), world_model=PointWorld(), **QUICK)
     assert [row["goal"] for row in oracle.rows] == [row["goal"] for row in outcome.rows]
     assert oracle.success == 1.0
+
+
+def test_random_plans_meet_the_same_goals_and_mostly_miss_them():
+    settings = {**QUICK, "episodes": 40}
+    chance = evaluate_reference("random", Field(), world_model=PointWorld(), **settings)
+    chosen = evaluate(PointWorld(), Field(), **settings)
+    assert [row["goal"] for row in chance.rows] == [row["goal"] for row in chosen.rows]
+    assert chance.success < 0.5 < chosen.success
+    assert {row["arm"] for row in chance.rows} == {"random"}
+    # What a plan costs is how far from its goal it ends.
+    for row in chance.rows:
+        np.testing.assert_allclose(
+            row["cost_by_iteration"], row["distance_by_iteration"][1:], rtol=1e-5
+        )
+
+
+def test_an_unknown_reference_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'random'"):
+        evaluate_reference("randon", Field(), world_model=PointWorld(), **QUICK)
 
 
 def test_evaluation_leaves_the_model_as_it_was():
@@ -185,6 +204,6 @@ def test_a_model_of_another_task_is_refused_before_anything_is_planned(task):
     with pytest.raises(MismatchError, match=f"trained in task 'wall', and this is '{task}'"):
         evaluate(wall, task, episodes=1)
     with pytest.raises(MismatchError, match="trained in task 'wall'"):
-        evaluate_oracle("oracle-state", task, world_model=wall, episodes=1)
+        evaluate_reference("oracle-state", task, world_model=wall, episodes=1)
     with pytest.raises(MismatchError, match="trained in task 'wall'"):
         calibrate(wall, task, episodes=1)

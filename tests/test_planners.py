@@ -15,6 +15,7 @@ from quantwm.planning.mppi import MPPI, softmin
 from quantwm.planning.noise import action_noise, power_law
 from quantwm.planning.planners import PLANNERS, planner_from_settings
 from quantwm.planning.population import Belief
+from quantwm.planning.random_plans import RandomPlans
 from quantwm.protocols import ActionSpec
 from quantwm.study.dry_run import plan_study
 from quantwm.study.estimate import estimated_seconds
@@ -353,3 +354,39 @@ class TestStudies:
         assert shrinking == pytest.approx(usual * (64 + 32 + 32) / 320)
         assert seconds(name="gradient", samples=2, steps=10) == pytest.approx(usual * 62 / 320)
         assert seconds(name="somebody's own") == pytest.approx(usual)
+
+
+@pytest.mark.parametrize("planner", POPULATION)
+def test_a_random_plan_is_the_first_sample_that_its_planner_looks_at(planner):
+    asked = Asked()
+    seeds = np.array([7, 8])
+    planner.plan(asked, seeds, 2, SPEC)
+    found = RandomPlans(planner).plan(bowl, seeds, 2, SPEC)
+    np.testing.assert_array_equal(found.actions[0].numpy(), asked.candidates[0][1])
+    assert found.cost[0] == asked.costs[0][1]
+    assert found.cost_by_step.tolist() == [[cost] for cost in found.cost]
+    assert found.failures == (None, None)
+
+
+def test_random_plans_do_not_depend_on_costs_or_neighbours():
+    planner = RandomPlans(POPULATION[0])
+    both = planner.plan(bowl, np.array([7, 8]), 0, SPEC).actions
+    other = planner.plan(lambda index, actions: -bowl(index, actions), np.array([8]), 0, SPEC)
+    assert torch.equal(both[1], other.actions[0])
+    again = planner.plan(bowl, np.array([8]), 1, SPEC)
+    assert not torch.equal(other.actions, again.actions)
+
+
+def test_random_plans_of_a_planner_that_has_no_noise_are_standard_normal():
+    class Bare:
+        def plan(self, cost, seeds, iteration, action_spec): ...
+
+        def settings(self):
+            return {"name": "bare"}
+
+    seeds = np.arange(200)
+    drawn = RandomPlans(Bare()).plan(bowl, seeds, 0, SPEC).actions
+    assert drawn.shape == (200, 5, SPEC.model_dim)
+    assert abs(drawn.mean()) < 0.05
+    assert abs(drawn.std() - 1) < 0.05
+    assert RandomPlans(Bare()).settings() == {"name": "bare"}

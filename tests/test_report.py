@@ -9,6 +9,7 @@ from quantwm.errors import CorruptFileError, MismatchError, UsageError
 from quantwm.report import render, task_report, write_report
 from quantwm.report.arms import choose_episode, worst_arm
 from quantwm.report.filmstrip import MOST_FRAMES, choose_scenes, strips
+from quantwm.report.headline import study_lead
 from quantwm.report.plots import success_plot
 from quantwm.report.text import signed
 from quantwm.study.findings import findings_of
@@ -300,17 +301,26 @@ def test_unusual_studies_have_a_report(arms):
 
 
 def test_an_arm_whose_name_does_not_say_it_is_known_by_its_kind():
-    arms = {"full": ("11", 9), "again": ("11", 9), "cheat": ("11", None), "small": ("01", 3)}
+    arms = {
+        "full": ("11", 9),
+        "again": ("11", 9),
+        "cheat": ("11", None),
+        "chance": ("00", None),
+        "small": ("01", 3),
+    }
     rows, summary = make_study(arms)
-    kinds = {"full": "float", "again": "float", "cheat": "oracle-state"}
+    kinds = {"full": "float", "again": "float", "cheat": "oracle-state", "chance": "random"}
     task = task_report(rows, summary, make_config(arms, kinds), {}, TASK)
     shown = [(arm.name, arm.role) for arm in task.arms]
     assert shown == [
         ("full", "float"),
         ("again", "quantized"),
         ("small", "quantized"),
-        ("cheat", "oracle"),
+        ("cheat", "bound"),
+        ("chance", "bound"),
     ]
+    assert "3 arms on" in study_lead([task])
+    assert "; 2 reference arms beside them" in study_lead([task])
 
 
 def test_arms_that_did_not_run_are_named():

@@ -61,6 +61,22 @@ def test_tables_say_what_the_rows_say(reference):
         assert float(line["p_value"]) == compared.p_value
 
 
+def test_random_plans_are_an_arm_that_float_is_read_against(tmp_path):
+    spec = point_spec(arms=["float", "random", "other=random/sigma=2", "again=random"])
+    done = run_study(**study(spec), out=tmp_path)
+    rows = {name: by_arm(done)[name] for name in ("float", "random", "other", "again")}
+    assert [row["goal"] for row in rows["random"]] == [row["goal"] for row in rows["float"]]
+    states = {name: [row["states"] for row in found] for name, found in rows.items()}
+    assert states["random"] == states["again"] != states["other"]
+    lines = {line["arm"]: line for line in done.summary}
+    assert lines["random"]["success"] < lines["float"]["success"] == 1
+    assert lines["random"]["difference"] == lines["random"]["success"] - 1
+    assert lines["random"]["bytes"] is None
+    cells = prepare(**study(spec)).cells
+    assert cells["random"].id == cells["again"].id
+    assert estimated_seconds(cells["random"]) < estimated_seconds(cells["float"]) / 1000
+
+
 def test_the_study_shows_what_it_is_about(reference):
     success = {row["arm"]: row["success"] for row in reference.summary}
     size = {row["arm"]: row["bytes"] for row in reference.summary}

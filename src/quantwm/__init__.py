@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantwm.calibration import Calibration, calibrate
     from quantwm.envs import get_task
     from quantwm.errors import QuantWMError
-    from quantwm.evaluation import Outcome, evaluate, evaluate_oracle
+    from quantwm.evaluation import Outcome, evaluate, evaluate_reference
     from quantwm.loading import load, save
     from quantwm.methods import quantize
     from quantwm.planning.cem import CEM
@@ -31,7 +31,7 @@ _HOME = {
     "QuantWMError": "quantwm.errors",
     "calibrate": "quantwm.calibration",
     "evaluate": "quantwm.evaluation",
-    "evaluate_oracle": "quantwm.evaluation",
+    "evaluate_reference": "quantwm.evaluation",
     "get_task": "quantwm.envs",
     "load": "quantwm.loading",
     "quantize": "quantwm.methods",
@@ -46,7 +46,7 @@ __all__ = [
     "QuantWMError",
     "calibrate",
     "evaluate",
-    "evaluate_oracle",
+    "evaluate_reference",
     "get_task",
     "load",
     "quantize",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ from quantwm.planning.defaults import default_iterations, default_planner
 from quantwm.planning.mpc import Trace, run_episodes
 from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleLatentCost, OracleStateCost
+from quantwm.planning.random_plans import RandomPlans
 from quantwm.planning.rollout import ModelCost, ObservedCost
 from quantwm.protocols import Episodes, HasTask, Planner, Task, WorldModel
 from quantwm.seeds import SeedBlock, episode_seeds
@@ -32,6 +33,9 @@ from quantwm.statistics import PairedDifference, paired_difference, wilson_inter
 SCHEMA_VERSION = 2
 Oracle: TypeAlias = Literal["oracle-state", "oracle-latent"]
 ORACLES: tuple[Oracle, ...] = ("oracle-state", "oracle-latent")
+Reference: TypeAlias = Oracle | Literal["random"]
+REFERENCES: tuple[Reference, ...] = (*ORACLES, "random")
+"""What a model's success is read against: what planning could reach, and what chance does."""
 Row: TypeAlias = dict[str, Any]
 Progress: TypeAlias = Callable[[int, int], None]
 """(episode-iterations done, of how many); the second shrinks as episodes succeed."""
@@ -161,8 +165,8 @@ def evaluate(
     return Outcome(rows, paired_difference(own, reference.successes))
 
 
-def evaluate_oracle(
-    kind: Oracle,
+def evaluate_reference(
+    kind: Reference,
     task: str | Task,
     *,
     world_model: WorldModel,
@@ -178,17 +182,18 @@ def evaluate_oracle(
     arm: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Plan with the simulator instead of the model, on the same goals with the same noise.
+    """Plan without the model's predictions, on the same goals with the same noise.
 
     Args:
-        kind: "oracle-state" minimises the true distance to the goal; "oracle-latent" encodes the
-            true final frame and minimises the model's own objective.
+        kind: "oracle-state" minimises the true distance to the goal with the simulator;
+            "oracle-latent" encodes the simulator's final frame and minimises the model's own
+            objective; "random" executes a sample of the planner's noise (`RandomPlans`).
         world_model: gives the action statistics, and encoder and objective for "oracle-latent".
 
     Other arguments and errors as in `evaluate`.
     """
-    if kind not in ORACLES:
-        raise unknown_name("oracle", kind, ORACLES)
+    if kind not in REFERENCES:
+        raise unknown_name("reference", kind, REFERENCES)
     settings = _Settings.resolve(
         task,
         episodes,
@@ -208,7 +213,7 @@ def evaluate_oracle(
     processes = torch.get_num_threads() if settings.device.type == "cpu" else cores()
 
     def cost(batch: Episodes) -> ObservedCost:
-        if kind == "oracle-state":
+        if kind != "oracle-latent":
             return OracleStateCost(settings.task, batch, world_model.action_spec, processes)
         return OracleLatentCost(
             placed_model,
@@ -219,6 +224,8 @@ def evaluate_oracle(
             processes=processes,
         )
 
+    if kind == "random":
+        settings = replace(settings, planner=RandomPlans(settings.planner))
     return Outcome(_run(settings, cost, placed_model, arm or kind, progress))
 
 
@@ -246,7 +253,7 @@ def check_fits(world_model: WorldModel, task: Task) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The arguments that `evaluate` and `evaluate_oracle` share, resolved."""
+    """The arguments that `evaluate` and `evaluate_reference` share, resolved."""
 
     task: Task
     seeds: Sequence[int]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from quantwm.errors import MismatchError, UsageError
-from quantwm.evaluation import Row
+from quantwm.evaluation import REFERENCES, Row
 from quantwm.statistics import PairedDifference, separable
 from quantwm.study.labels import ArmLabels
 from quantwm.study.results import TaskResults
 
-Role: TypeAlias = Literal["float", "quantized", "oracle"]
+Role: TypeAlias = Literal["float", "quantized", "bound"]
+"""A bound is an arm that the model's predictions have no part in: an oracle, or random plans."""
 Verdict: TypeAlias = Literal["reference", "lower", "higher", "not separable", "not compared"]
 
 _TOLERANCE = 1e-6
@@ -28,7 +29,7 @@ class Arm:
         difference: against float on the same episodes; None for float itself and where the
             study did not compare.
         first_success_median: MPC iterations; None if no episode succeeded.
-        bytes: of the stored model; oracle arms have none.
+        bytes: of the stored model; oracles and random plans have none.
         curve: success rate after MPC iteration 0, 1, ... to the maximum; empty without rows.
         failures: the arm's rows that failed.
     """
@@ -71,7 +72,7 @@ class Arm:
 
 
 def arms_of(results: TaskResults, summary: Sequence[Mapping[str, Any]]) -> list[Arm]:
-    """Arms in the order shown: float, the quantized arms as the summary has them, the oracles.
+    """Arms in the order shown: float, the quantized arms as the summary has them, the bounds.
 
     Args:
         results: what the arms are, and their rows.
@@ -98,14 +99,14 @@ def arms_of(results: TaskResults, summary: Sequence[Mapping[str, Any]]) -> list[
         _arm(line, results.rows[name], results.arms[name], _role(name, results), reference)
         for name, line in zip(names, summary, strict=True)
     ]
-    order: tuple[Role, ...] = ("float", "quantized", "oracle")
+    order: tuple[Role, ...] = ("float", "quantized", "bound")
     return sorted(arms, key=lambda arm: order.index(arm.role))
 
 
 def _role(name: str, results: TaskResults) -> Role:
     """Only the first float arm is the one that others are compared with."""
-    if results.arms[name].kind.startswith("oracle-"):
-        return "oracle"
+    if results.arms[name].kind in REFERENCES:
+        return "bound"
     return "float" if name == results.reference else "quantized"
 
 

@@ -105,7 +105,7 @@ def _cause(arm: Arm, row: Row, causes: Mapping[str, str]) -> str:
 
 
 def _success(arms: Sequence[Arm]) -> list[Scene]:
-    best = max(arms, key=lambda arm: (arm.role != "oracle", arm.success))
+    best = max(arms, key=lambda arm: (arm.role != "bound", arm.success))
     solved = [row for row in best.rows if row["success"]]
     return [Scene(best, solved[0], f"Episode {solved[0]['episode']}.")] if solved else []
 

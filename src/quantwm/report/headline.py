@@ -29,14 +29,14 @@ def study_lead(tasks: Sequence[TaskReport]) -> str:
         else f"{counts[0]} to {counts[-1]} episodes"
     )
     most = max(len(arm.curve) for arm in arms) - 1
-    oracles = sum(arm.role == "oracle" for arm in arms)
-    beside = f"; {plural(oracles, 'oracle arm')} for reference" if oracles else ""
+    bounds = sum(arm.role == "bound" for arm in arms)
+    beside = f"; {plural(bounds, 'reference arm')} beside them" if bounds else ""
     same = "the same " if len(arms) > 1 and len(counts) == 1 and len(tasks) == 1 else ""
     places = listed([escape(task.title) for task in tasks])
     models = "a world model" if len(tasks) == 1 else "world models"
     return (
         f"Closed-loop planning in {places} with {models} at different bit widths: "
-        f"{plural(len(arms) - oracles, 'arm')} on {same}{each} of at most "
+        f"{plural(len(arms) - bounds, 'arm')} on {same}{each} of at most "
         f"{plural(most, 'MPC iteration')}{beside}."
     )
 

@@ -36,7 +36,8 @@ be called separable by chance.</p>
 <p><b>Success</b> is read after each MPC iteration (a plan, then its execution) and is kept once
 reached; such an episode ends. The median counts the episodes that succeeded.
 <b>Oracle arms</b> plan with the simulator instead of the model's predictions: they show what
-planner and objective can reach, and have no stored model. <b>Seconds</b> are the time that the
+planner and objective can reach, and have no stored model. <b>Random plans</b> are samples of the
+planner's noise that nothing chose: what chance reaches. <b>Seconds</b> are the time that the
 arm's episodes took.</p>
 """
 

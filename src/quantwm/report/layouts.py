@@ -22,7 +22,7 @@ GROUPS = {
     "blocks": "One part of the model at a time",
     "budgets": "More planning",
     "others": "Mixed plans and saved models",
-    "oracles": "Oracle arms",
+    "bounds": "Oracles and random plans",
 }
 """A group's key and title, in the order shown."""
 
@@ -51,8 +51,8 @@ def group_of(arm: Arm) -> str:
     labels = arm.labels
     if arm.role == "float":
         return ""
-    if arm.role == "oracle":
-        return "oracles"
+    if arm.role == "bound":
+        return "bounds"
     if labels.budget:
         return "budgets"
     if labels.part == "all":
@@ -77,7 +77,7 @@ def panels_of(group: str, arms: Sequence[Arm]) -> list[Panel]:
 
 def _panels(group: str, arms: Sequence[Arm]) -> Iterable[Panel]:
     members = [arm for arm in arms if group_of(arm) == group]
-    if group not in ("oracles", "others"):
+    if group not in ("bounds", "others"):
         members.sort(key=_order)
     if group == "sides":
         both = [arm for arm in arms if group_of(arm) in ("weights", "activations")]

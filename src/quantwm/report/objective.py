@@ -70,7 +70,7 @@ def objective(
         styles: of the methods.
         findings: of the whole study.
     """
-    found = [objective_of(arm) for arm in task.arms if arm.role != "oracle"]
+    found = [objective_of(arm) for arm in task.arms if arm.role != "bound"]
     base = next((one.last for one in found if one.arm.role == "float"), None)
     name, title = f"{task.key}-objective", "Planning loss against success"
     if not base:

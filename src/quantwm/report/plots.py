@@ -116,7 +116,7 @@ def iteration_plot(arm: Arm, reference: Arm | None, index: int, name: str) -> st
             arm.curve,
             color=colour,
             linewidth=1.6,
-            linestyle=(0, (4, 2)) if arm.role == "oracle" else "-",
+            linestyle=(0, (4, 2)) if arm.role == "bound" else "-",
             marker="o" if len(arm.curve) <= 12 else "",
             markersize=3.2,
             clip_on=False,
@@ -139,10 +139,10 @@ def iteration_plot(arm: Arm, reference: Arm | None, index: int, name: str) -> st
 
 
 def _lines(arms: Sequence[Arm]) -> tuple[Figure, Axes, list[float]]:
-    """An empty plot with a line an arm, oracles set apart; returns the lines' positions too."""
+    """An empty plot with a line an arm, bounds set apart; returns the lines' positions too."""
     positions, at = [], 0.0
     for index, arm in enumerate(arms):
-        follows = index > 0 and arm.role == "oracle" and arms[index - 1].role != "oracle"
+        follows = index > 0 and arm.role == "bound" and arms[index - 1].role != "bound"
         at += _GROUP_GAP if follows else 0.0
         positions.append(at)
         at += 1.0
@@ -172,10 +172,10 @@ def _colour(arm: Arm) -> str:
 def _interval(axes: Axes, arm: Arm, y: float, shown: tuple[float, float, float]) -> None:
     """A marker in its interval (low, value, high): shape says the role, filling separability."""
     low, value, high = shown
-    marker = {"float": "s", "oracle": "D", "quantized": "o"}[arm.role]
+    marker = {"float": "s", "bound": "D", "quantized": "o"}[arm.role]
     separable = arm.verdict in ("lower", "higher")
     colour = _colour(arm)
-    style = (0, (2, 2)) if arm.role == "oracle" else "-"
+    style = (0, (2, 2)) if arm.role == "bound" else "-"
     axes.plot([low, high], [y, y], color=colour, linewidth=1.8, linestyle=style, clip_on=False)
     axes.plot(
         [value],

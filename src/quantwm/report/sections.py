@@ -29,11 +29,11 @@ from quantwm.report.text import (
 )
 
 _MOST_GRID_COLUMNS = 100
-_ORACLES = "Oracle arms: references with privileged knowledge, not competitors"
+_BOUNDS = "Oracles, which know more than a planner may, and random plans: no competitors"
 
 
 def arms_table(arms: Sequence[Arm], name: str) -> list[Part]:
-    """Every arm's numbers, oracles in a group of their own, and the notes below."""
+    """Every arm's numbers, bounds in a group of their own, and the notes below."""
     columns = [
         Column("arm", "Arm", "pin"),
         *[Column(key) for key in LABEL_KEYS],
@@ -91,7 +91,7 @@ def _arm_line(arm: Arm) -> Line:
             "lost": Cell(value=one.losses),
             "p_value": number(p_value, probability(p_value)),
         }
-    group = _ORACLES if arm.role == "oracle" else ""
+    group = _BOUNDS if arm.role == "bound" else ""
     return Line(cells, group, filter_data(arm))
 
 
@@ -111,7 +111,7 @@ def comparison(arms: Sequence[Arm], name: str) -> str:
     ]
     hint = (
         "Squares: float. Circles: quantized, filled where the paired difference is separable "
-        "from zero. Diamonds with dashed lines: oracles."
+        "from zero. Diamonds with dashed lines: oracles and random plans."
     )
     return f'<p class="hint">{hint}</p><div class="plots">{"".join(parts)}</div>'
 

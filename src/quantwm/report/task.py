@@ -159,7 +159,7 @@ def _curves(
     own = styles_of([what for what, _ in panel.members])
 
     def style(what: str, arm: Arm) -> Style:
-        if arm.role == "oracle":
+        if arm.role == "bound":
             return ORACLE if len(panel.members) == 1 else own[what]
         return styles[what] if what == arm.labels.method else own[what]
 

@@ -12,7 +12,7 @@ from quantwm.errors import PlanError, UsageError, unknown_name
 from quantwm.methods import get_method, resolve_plan
 from quantwm.protocols import WorldModel
 from quantwm.quant import LayerScheme, QuantPlan
-from quantwm.study.cells import REFERENCES, ArmKind
+from quantwm.study.cells import WITHOUT_PLAN, ArmKind
 
 EACH_BLOCK = "each_block"
 """Side of an arm that stands for one arm a transformer block of the study's model."""
@@ -41,12 +41,12 @@ _COMMA = re.compile(r",(?![^{]*\})")
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: a name, and an oracle, the float model or a quantization plan.
+    """One arm: a name, and a reference, the float model or a quantization plan.
 
     Attributes:
         name: unique within a study; shown in tables and plots.
-        kind: one of the oracles, "float" or "quantized".
-        plan: how the float model is quantized; None for "float" and "oracle-state". An
+        kind: one of the references, "float" or "quantized".
+        plan: how the float model is quantized; None for "float", "oracle-state" and "random". An
             "oracle-latent" with a plan encodes with the quantized model.
         folder: of a quantized model that was saved; it takes the place of a plan.
         planner: planner settings in which this arm differs from its study.
@@ -76,10 +76,10 @@ class Arm:
     def parse(cls, text: str) -> "Arm":
         """An arm from its short form, `[name=]what[/setting=value...]`.
 
-        `what` is "oracle-state", "oracle-latent", "float", the short name of a quantization
-        ("w4g128": every quantizable layer), or that of one side, or a block of it, with the rest
-        left in float ("encoder:w3", "predictor.blocks.0:w3"), or one arm a block of the model
-        ("each_block:w3"); a quantization may name its method
+        `what` is "oracle-state", "oracle-latent", "random", "float", the short name of a
+        quantization ("w4g128": every quantizable layer), or that of one side, or a block of it,
+        with the rest in float ("encoder:w3", "predictor.blocks.0:w3"), or one arm a block of the
+        model ("each_block:w3"); a quantization may name its method
         ("w4@gptq", "encoder:w3@smoothquant+gptq"), round-to-nearest otherwise. "oracle-latent:w3"
         is the oracle that encodes with the quantized model. "folder:PATH" is a quantized model that
         `quantwm quantize` wrote, made from the study's float model. Settings are planner settings
@@ -94,9 +94,9 @@ class Arm:
             raise UsageError(f"arm {text!r} has an empty name; write NAME=ARM or only ARM")
         iterations = budget.pop(_ITERATIONS, None)
         settings: dict[str, Any] = {"planner": budget, _ITERATIONS: iterations}
-        for reference in REFERENCES:
-            if what == reference:
-                return cls(name, reference, **settings)
+        for kind_alone in WITHOUT_PLAN:
+            if what == kind_alone:
+                return cls(name, kind_alone, **settings)
         if what.startswith(FOLDER):
             return cls(name, "quantized", folder=what.removeprefix(FOLDER), **settings)
         kind: ArmKind = "oracle-latent" if what.startswith(_QUANTIZED_ORACLE) else "quantized"
@@ -132,10 +132,10 @@ class Arm:
             "planner": dict(planner),
             _ITERATIONS: value.get(_ITERATIONS),
         }
-        if kind in REFERENCES and not (kind == "oracle-latent" and "plan" in value):
+        if kind in WITHOUT_PLAN and not (kind == "oracle-latent" and "plan" in value):
             return cls._reference(name, kind, value, budget)
         if kind not in ("quantized", "oracle-latent"):
-            raise unknown_name(f"kind of arm {name!r}:", str(kind), (*REFERENCES, "quantized"))
+            raise unknown_name(f"kind of arm {name!r}:", str(kind), (*WITHOUT_PLAN, "quantized"))
         if "folder" in value:
             return cls._saved(name, value, budget)
         plan = value.get("plan")
@@ -290,7 +290,7 @@ def with_blocks(arms: Sequence[Arm], world_model: WorldModel) -> tuple[Arm, ...]
 
 
 def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict[str, LayerScheme]]:
-    """Each arm's layers and their schemes; empty for the oracles and the float model.
+    """Each arm's layers and their schemes; empty for the references and the float model.
 
     Raises:
         PlanError: lists the problems of all arms.
@@ -332,7 +332,7 @@ def _parse_plan(arm: str, what: str) -> QuantPlan:
     if colon and side.partition(".")[0] not in SIDES:
         raise unknown_name(f"side of arm {arm!r}:", side, SIDES)
     if not re.match(r"[wa]\d", scheme):
-        raise unknown_name("arm", what, (*REFERENCES, *EXAMPLES, *LONGER_EXAMPLES))
+        raise unknown_name("arm", what, (*WITHOUT_PLAN, *EXAMPLES, *LONGER_EXAMPLES))
     if at:
         get_method(method)
     return QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")

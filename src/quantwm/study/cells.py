@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-ArmKind: TypeAlias = Literal["oracle-state", "oracle-latent", "float", "quantized"]
-REFERENCES: tuple[ArmKind, ...] = ("oracle-state", "oracle-latent", "float")
-"""The arms that need no plan, by their names."""
+from quantwm.evaluation import REFERENCES, Reference
+
+ArmKind: TypeAlias = Reference | Literal["float", "quantized"]
+WITHOUT_PLAN: tuple[ArmKind, ...] = (*REFERENCES, "float")
+"""The arms that need no plan of quantization, by their names."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,10 @@ class Cell:
     float cell.
 
     Attributes:
-        kind: an oracle, the float model or a quantized one.
+        kind: a reference, the float model or a quantized one.
         model: hash of the float model.
         task: the task's name, version, layout and other settings.
-        plan: quantized layer → its scheme; empty for a float model and the oracles.
+        plan: quantized layer → its scheme; empty for a float model and the references.
         method: how the plan is carried out; None where nothing is quantized.
         options: the method's own settings.
         calibration: `calibration_id` if the arm is calibrated, else None.

@@ -9,6 +9,7 @@ import torch
 
 from quantwm.compute import cpu_threads, placed, resolve_dtype
 from quantwm.errors import UsageError
+from quantwm.evaluation import REFERENCES
 from quantwm.planning.defaults import default_planner
 from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleLatentCost
@@ -23,6 +24,7 @@ Pace: TypeAlias = Mapping[ArmKind, float]
 SECONDS_PER_FRAME: Pace = {
     "oracle-state": 3e-6,
     "oracle-latent": 6e-4,
+    "random": 3e-6,
     "float": 3e-4,
     "quantized": 3e-4,
 }
@@ -75,7 +77,7 @@ def estimated_seconds(cell: Cell, pace: Pace = SECONDS_PER_FRAME) -> float:
 
     A planner that is none of quantwm's counts as the compact default.
     """
-    frames = _frames(cell.planner)
+    frames = _frames(cell.planner, chosen=cell.kind != "random")
     inputs = any("a" in str(scheme).partition("-")[0] for scheme in cell.plan.values())
     factor = ACTIVATION_FACTOR if inputs else 1.0
     return cell.episodes * cell.mpc_iterations * frames * pace[cell.kind] * factor
@@ -88,7 +90,7 @@ def calibrated_seconds(
 
     Args:
         cell: to be estimated.
-        finished: cells of the same study with their seconds; only the same oracle, or
+        finished: cells of the same study with their seconds; only the same reference, or
             other runs of the model, say something about it.
         pace: of this machine.
     """
@@ -98,14 +100,14 @@ def calibrated_seconds(
     return estimated_seconds(cell, pace) * (took / expected if expected and took else 1.0)
 
 
-def _frames(settings: Mapping[str, Any]) -> int:
-    """Frames that one plan predicts."""
+def _frames(settings: Mapping[str, Any], *, chosen: bool) -> int:
+    """Frames that one plan predicts; those of one candidate where none is chosen."""
     try:
         planner = planner_from_settings(settings)
     except UsageError:
         planner = default_planner("")
-    return planner.rollouts * planner.horizon
+    return (planner.rollouts if chosen else 1) * planner.horizon
 
 
 def _pool(cell: Cell) -> str:
-    return cell.kind if cell.kind.startswith("oracle") else "model"
+    return cell.kind if cell.kind in REFERENCES else "model"

@@ -22,7 +22,7 @@ class ArmLabels:
     """What an arm is.
 
     Attributes:
-        kind: an oracle, the float model or a quantized one.
+        kind: a reference, the float model or a quantized one.
         part: what is quantized: "all", "encoder", "predictor", a layer pattern such as
             "encoder.blocks.3.*", "mixed" where parts differ, "saved" for a model from a folder;
             "" where nothing is.

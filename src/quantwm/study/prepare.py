@@ -23,7 +23,7 @@ from quantwm.study.cells import ArmKind, Cell, calibration_id, plain
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 
-FIRST: tuple[ArmKind, ...] = ("float", "oracle-state", "oracle-latent", "quantized")
+FIRST: tuple[ArmKind, ...] = ("float", "oracle-state", "oracle-latent", "random", "quantized")
 """Kinds of arms in the order of computing; those with a plan come last."""
 UNDEFINING = ("version", "name", "model", "arms", "gate", "memory_budget", "diagnostics")
 """Settings that may change within one results folder; the model counts by its hash."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from quantwm.calibration import Calibration, calibrate, calibration_origin
 from quantwm.compute import resolve_dtype
 from quantwm.errors import CorruptFileError
-from quantwm.evaluation import ORACLES, Outcome, Progress, evaluate, evaluate_oracle
+from quantwm.evaluation import REFERENCES, Outcome, Progress, evaluate, evaluate_reference
 from quantwm.loading import load
 from quantwm.methods import quantize, resolve_plan
 from quantwm.protocols import WorldModel
@@ -121,9 +121,9 @@ class CellWork:
             "progress": update,
         }
         model = self._built(arm, cell)
-        for oracle in ORACLES:
-            if cell.kind == oracle:
-                return evaluate_oracle(oracle, world_model=model, **settings), None
+        for reference in REFERENCES:
+            if cell.kind == reference:
+                return evaluate_reference(reference, world_model=model, **settings), None
         return evaluate(model, **settings), stored_bytes(model)
 
     def model(self, name: str) -> WorldModel:
