@@ -223,7 +223,7 @@ def test_quick_preset():
     spec = load_preset("quick", "wall")
     names = [arm.name for arm in spec.arms]
     assert names == [
-        *("oracle-state", "oracle-latent", "float"),
+        *("oracle-state", "oracle-latent", "random", "float"),
         *("w8a8", "w4", "w4g128", "w4a4-token", "w3", "w2"),
     ]
     assert (spec.episodes, spec.seed, spec.block) == (24, 1, "evaluation")
