@@ -150,7 +150,7 @@ def test_every_arm_is_in_the_table_of_its_own_group(tasks, report):
         "sides": {"encoder:w3", "predictor:w3", "w3"},
         "blocks": {"encoder.blocks.0:w3"},
         "budgets": {"w3", "w3/steps=20", "w3/mpc_iterations=12"},
-        "oracles": {"oracle-state", "oracle-latent:w3"},
+        "bounds": {"oracle-state", "oracle-latent:w3"},
     }
     seen = set()
     for group, names in expected.items():
@@ -178,11 +178,16 @@ def test_a_side_stands_beside_the_other_and_both():
 
 
 @pytest.mark.parametrize(
-    ("last", "shown"),
-    [(4, [0, 1, 2, 3, 4]), (12, [0, 2, 4, 6, 8, 10, 12]), (50, [0, 10, 20, 30, 40, 50])],
+    ("ends", "shown"),
+    [
+        ({4}, [0, 1, 2, 3, 4]),
+        ({12}, [0, 2, 4, 6, 8, 10, 12]),
+        ({50}, [0, 10, 20, 30, 40, 50]),
+        ({6, 24}, [0, 5, 6, 10, 15, 20, 24]),
+    ],
 )
-def test_long_episodes_are_shown_every_few_iterations(last, shown):
-    assert shown_iterations(last) == shown
+def test_long_episodes_are_shown_every_few_iterations_and_where_an_arm_ends(ends, shown):
+    assert shown_iterations(ends) == shown
 
 
 def test_tasks_stand_side_by_side(tasks, report):

@@ -5,7 +5,7 @@ with a table and its curves. Where a group compares with arms of another one (a 
 sides, a longer search with the study's own), its table repeats them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,8 +103,8 @@ def iteration_table(task: str, group: str, panels: Sequence[Panel], reference: A
         reference: the float arm, or None.
     """
     shown = [arm for panel in panels for _, arm in panel.members]
-    longest = max(len(arm.curve) for arm in [*shown, *([reference] if reference else [])])
-    iterations = shown_iterations(longest - 1)
+    everyone = [*shown, *([reference] if reference else [])]
+    iterations = shown_iterations({len(arm.curve) - 1 for arm in everyone})
     lines = []
     if reference:
         cells = {"what": words("float")} | _cells(reference, iterations)
@@ -175,10 +175,11 @@ def budget_text(labels: ArmLabels) -> str:
     return ", ".join(f"{key} {value}" for key, value in named)
 
 
-def shown_iterations(last: int) -> list[int]:
-    """Which MPC iterations are columns: all, or every 2nd, 5th, 10th, ... and the last one."""
+def shown_iterations(ends: Collection[int]) -> list[int]:
+    """Which MPC iterations are columns: all, or every 2nd, 5th, 10th, ..., and every arm's last."""
+    last = max(ends)
     step = next(step for step in (1, 2, 5, 10, 20, 50, last + 1) if last / step < _MOST_COLUMNS)
-    return sorted({*range(0, last + 1, step), last})
+    return sorted({*range(0, last + 1, step), *ends} - {-1})
 
 
 def _cells(arm: Arm | None, iterations: Sequence[int]) -> dict[str, Cell]:

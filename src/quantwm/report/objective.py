@@ -186,8 +186,7 @@ def _compared(found: Sequence[Objective]) -> list[Objective]:
 
 def _iteration_table(compared: Sequence[Objective], base: float, name: str) -> Table:
     """Predicted cost, AUC and success by MPC iteration, three rows an arm."""
-    most = max(len(one.by_iteration) for one in compared)
-    shown = [k for k in shown_iterations(most) if k]
+    shown = [k for k in shown_iterations({len(one.by_iteration) for one in compared}) if k]
     lines = []
     for one in compared:
         areas = [each.auc for each in one.alignment.iterations]
