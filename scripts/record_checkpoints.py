@@ -40,6 +40,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fixture_file import save_npz
 from record_reference import ROOT, WEIGHTS, commit_of, import_public_code
 from reference_models import Arrays, kept_latents, masks_on_cpu, prefixed, shared, support
 
@@ -276,7 +277,7 @@ def main() -> None:
         target.mkdir(parents=True, exist_ok=True)
         (target / "hydra.yaml").write_text(OmegaConf.to_yaml(settings, resolve=True))
         arrays = {k: as_array(v) for k, v in expected(public, run, case, arguments.seed).items()}
-        np.savez_compressed(target / "expected.npz", **arrays)
+        save_npz(target / "expected.npz", arrays)
         # By its own name, which the archive in the file takes over.
         saved = target / "model_latest.pth"
         torch.save(run.checkpoint(), saved)

@@ -18,11 +18,11 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from fixture_file import save_npz
 from record_reference import ROOT, WEIGHTS, commit_of
 from reference_models import kept_latents, load_seeded, prefixed
 
@@ -129,9 +129,7 @@ def main() -> None:
     folder = arguments.out / "prejepa"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    np.savez_compressed(
-        folder / "recorded.npz", **{name: np.asarray(value) for name, value in arrays.items()}
-    )
+    save_npz(folder / "recorded.npz", arrays)
     manifest = {
         "commits": {"galilai-group/stable-worldmodel": commit_of(arguments.stable_worldmodel)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

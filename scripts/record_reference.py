@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 import reference_models as models
 import reference_wall as wall
+from fixture_file import save_npz
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "src/quantwm/models/weights/dinov2_vits14.safetensors"
@@ -159,7 +160,7 @@ def main() -> None:
     for name in arguments.only or files:
         arrays = files[name]()
         path = arguments.out / f"{name}.npz"
-        np.savez_compressed(path, **{k: np.asarray(v) for k, v in arrays.items()})
+        save_npz(path, arrays)
         print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size / 1024:.0f} KiB")
     if arguments.only:
         return  # the manifest speaks of all files

@@ -38,6 +38,7 @@ import pymunk
 
 import reference_point_maze as point_maze
 import reference_pusht as pusht
+from fixture_file import save_npz
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +160,7 @@ def main() -> None:
     }
     for name, arrays in files.items():
         path = arguments.out / f"{name}.npz"
-        np.savez_compressed(path, **{k: np.asarray(v) for k, v in arrays.items()})
+        save_npz(path, arrays)
         print(f"{path.name}: {len(arrays)} arrays, {path.stat().st_size / 1024:.0f} KiB")
     manifest = {
         "seed": arguments.seed,
