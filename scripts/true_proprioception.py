@@ -9,18 +9,37 @@ bfloat16.
 
 import argparse
 
-import numpy as np
 import torch
 
 from quantwm.compute import placed
 from quantwm.envs import get_task
 from quantwm.loading import load
 from quantwm.planning.defaults import default_planner
+from quantwm.planning.mpc import run_episodes
 from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleStateCost
 from quantwm.planning.rollout import ModelCost
 from quantwm.seeds import episode_seeds
 from quantwm.statistics import wilson_interval
+
+
+class TrueAgent(ModelCost):
+    """The objective with its proprioceptive part taken where a candidate truly ends."""
+
+    def __init__(self, world_model, task, episodes):
+        fast = placed(world_model, torch.device("cpu"), torch.bfloat16)
+        visual = Objective({**world_model.objective_weights, "proprio": 0.0})
+        super().__init__(fast, task, episodes, visual)
+        self._true = TrueProprioception(world_model, task, episodes)
+
+    def observe(self, index, states):
+        """As of both costs."""
+        super().observe(index, states)
+        self._true.observe(index, states)
+
+    def __call__(self, index, actions):
+        """Costs (B, N)."""
+        return super().__call__(index, actions) + self._true(index, actions)
 
 
 class TrueProprioception(OracleStateCost):
@@ -50,25 +69,18 @@ def main() -> None:
     arguments = parser.parse_args()
     task, planner, model = get_task("pusht"), default_planner("pusht"), load("pusht")
     episodes = task.episodes(episode_seeds("tuning", 0, arguments.episodes))
-    fast = placed(model, torch.device("cpu"), torch.bfloat16)
-    objective = Objective({**model.objective_weights, "proprio": 0.0})
-    imagined = ModelCost(fast, task, episodes, objective)
-    true = TrueProprioception(model, task, episodes)
-    simulation = task.start(episodes)
-    reached = task.success(simulation.states, episodes.goal)
-    for number in range(arguments.rounds):
-        index = np.flatnonzero(~reached)
-        for cost in (imagined, true):
-            cost.observe(index, simulation.states[index])
-
-        def both(position, actions, index=index):
-            return imagined(index[position], actions) + true(index[position], actions)
-
-        plan = planner.plan(both, episodes.seeds[index], number, model.action_spec)
-        simulation.step(index, model.action_spec.denormalize(plan.actions))
-        reached |= task.success(simulation.states, episodes.goal)
-        low, high = wilson_interval(int(reached.sum()), len(reached))
-        print(f"after {number + 1}: {reached.mean():.2f} [{low:.2f}, {high:.2f}]", flush=True)
+    traces = run_episodes(
+        task,
+        episodes,
+        TrueAgent(model, task, episodes),
+        planner,
+        model.action_spec,
+        arguments.rounds,
+    )
+    for number in range(1, arguments.rounds + 1):
+        won = sum(any(trace.success[: number + 1]) for trace in traces)
+        low, high = wilson_interval(won, len(traces))
+        print(f"after {number}: {won / len(traces):.2f} [{low:.2f}, {high:.2f}]")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Point:
 
 
 REFERENCE = Style(INK, "s", (1.5, 2))
-ORACLE = Style(MUTED, "D", (4, 2))
+BOUND = Style(MUTED, "D", (4, 2))
 
 
 def styles_of(names: Sequence[str]) -> dict[str, Style]:

@@ -15,8 +15,8 @@ from quantwm.report.load import TaskReport, slug
 from quantwm.report.objective import objective
 from quantwm.report.published import claim
 from quantwm.report.series import (
+    BOUND,
     MOST_SERIES,
-    ORACLE,
     REFERENCE,
     Point,
     Series,
@@ -160,7 +160,7 @@ def _curves(
 
     def style(what: str, arm: Arm) -> Style:
         if arm.role == "bound":
-            return ORACLE if len(panel.members) == 1 else own[what]
+            return BOUND if len(panel.members) == 1 else own[what]
         return styles[what] if what == arm.labels.method else own[what]
 
     series = [
