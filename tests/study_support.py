@@ -144,10 +144,15 @@ def content(folder: Path):
 
 
 class Recorder:
-    """Progress that remembers its calls, and can break in on one of them."""
+    """Progress that remembers its calls, and can break in on one of them.
 
-    def __init__(self, break_at=None, error=KeyboardInterrupt):
-        self.calls, self._break_at, self._error = [], break_at, error
+    Args:
+        break_at: the stage, counted from 1, whose first update raises `error`.
+        after: what else must hold then.
+    """
+
+    def __init__(self, break_at=None, error=KeyboardInterrupt, after=lambda: True):
+        self.calls, self._break_at, self._error, self._after = [], break_at, error, after
 
     @property
     def started(self):
@@ -158,7 +163,7 @@ class Recorder:
 
     def update(self, done, total):
         self.calls.append(("update", done, total))
-        if len(self.started) == self._break_at:
+        if len(self.started) == self._break_at and self._after():
             raise self._error
 
     def finish(self):

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 
+from quantwm import evaluation
 from quantwm.calibration import Calibration
 from quantwm.errors import (
     CellsFailedError,
@@ -12,9 +13,11 @@ from quantwm.errors import (
     QuantWMError,
 )
 from quantwm.fingerprint import model_hash
-from quantwm.study import StudyInterrupted, run_study
+from quantwm.study import StudyInterrupted, run_study, work
 from quantwm.study.prepare import prepare
 from quantwm.study.rows import read_parquet
+from quantwm.study.status import study_status
+from quantwm.study.store import ResultsFolder
 from study_support import PointModel, PointTask, Recorder, by_arm, content, point_spec, study
 
 
@@ -47,6 +50,65 @@ def test_an_interrupted_study_goes_on_to_the_same_rows(tmp_path, reference):
     resumed = run_study(**study(), out=tmp_path, progress=recorder)
     assert recorder.started == ["w8", "w4", "w2"]
     assert by_arm(resumed) == by_arm(reference)
+
+
+class TestPartsOfACell:
+    """Episodes that a worker has finished when it dies in the middle of an arm."""
+
+    @pytest.fixture(autouse=True)
+    def parts_of_two_episodes(self, monkeypatch):
+        monkeypatch.setattr(work, "PART", 2)
+
+    def broken_off(self, out):
+        """A study of which the worker dies in the third part of `w8`; the arm's folder of parts."""
+        recorder = Recorder(break_at=4, after=lambda: len(list(out.glob("parts/*/*.json"))) == 2)
+        with pytest.raises(StudyInterrupted):
+            run_study(**study(), out=out, progress=recorder)
+        (parts,) = (out / "parts").iterdir()
+        return parts
+
+    def planned_of_w8(self, monkeypatch, out):
+        """(episodes planned anew of `w8`, the study) of the same command."""
+        planned = []
+        run_episodes = evaluation.run_episodes
+
+        def recorded(task, episodes, *args, **kwargs):
+            planned.append(len(episodes))
+            return run_episodes(task, episodes, *args, **kwargs)
+
+        monkeypatch.setattr(evaluation, "run_episodes", recorded)
+        result = run_study(**study(), out=out)
+        return sum(planned) - 2 * 6, result  # w4 and w2 are six episodes each
+
+    def test_the_next_worker_goes_on_behind_them(self, tmp_path, reference, monkeypatch):
+        parts = self.broken_off(tmp_path)
+        assert [str(arm) for arm in study_status(tmp_path).arms if "4 episodes" in arm.note]
+        assert sorted(path.name for path in parts.iterdir()) == ["0.json", "2.json"]
+        planned, resumed = self.planned_of_w8(monkeypatch, tmp_path)
+        assert planned == 2
+        assert by_arm(resumed) == by_arm(reference)
+        assert not list((tmp_path / "parts").iterdir())
+
+    def test_a_damaged_part_is_computed_again(self, tmp_path, reference, monkeypatch, caplog):
+        parts = self.broken_off(tmp_path)
+        damaged = parts / "0.json"
+        damaged.write_text(damaged.read_text().replace('"episode": 1', '"episode": 5'))
+        with caplog.at_level(logging.WARNING):
+            planned, resumed = self.planned_of_w8(monkeypatch, tmp_path)
+        assert "0.json does not match its checksum; its episodes run again" in caplog.text
+        assert planned == 4
+        assert by_arm(resumed) == by_arm(reference)
+
+    def test_a_part_that_cannot_be_written_stops_nothing(
+        self, tmp_path, reference, monkeypatch, caplog
+    ):
+        def full(*_):
+            raise QuantWMError("cannot write: No space left on device")
+
+        monkeypatch.setattr(ResultsFolder, "save_part", full)
+        with caplog.at_level(logging.WARNING):
+            assert by_arm(run_study(**study(), out=tmp_path)) == by_arm(reference)
+        assert "a worker that dies loses these episodes" in caplog.text
 
 
 def test_an_arm_that_fails_does_not_keep_the_others_from_running(tmp_path, reference):

@@ -39,6 +39,8 @@ REFERENCES: tuple[Reference, ...] = (*ORACLES, "random")
 Row: TypeAlias = dict[str, Any]
 Progress: TypeAlias = Callable[[int, int], None]
 """(episode-iterations done, of how many); the second shrinks as episodes succeed."""
+OnRows: TypeAlias = Callable[[list[Row]], object]
+"""Takes the rows of episodes that were planned together, as soon as they are over."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def evaluate(
     memory_budget: int | str | None = None,
     arm: str = "model",
     progress: Progress | None = None,
+    kept: Sequence[Row] = (),
+    on_rows: OnRows | None = None,
 ) -> Outcome:
     """Plan with a world model in closed loop.
 
@@ -116,6 +120,8 @@ def evaluate(
             half of what is free. Changes no row.
         arm: the rows' label.
         progress: called after each MPC iteration.
+        kept: rows of the same call, interrupted earlier; their episodes are not planned again.
+        on_rows: called with the rows of each batch that is finished, to keep them.
 
     Raises:
         UsageError: an unknown name or a number out of range.
@@ -143,7 +149,7 @@ def evaluate(
             placed_model, settings.task, batch, objective, memory_budget=settings.memory_budget
         )
 
-    rows = _run(settings, cost, placed_model, arm, progress)
+    rows = _run(settings, cost, placed_model, arm, progress, kept, on_rows)
     if baseline is None:
         return Outcome(rows)
     reference = evaluate(
@@ -309,12 +315,15 @@ def _run(
     world_model: WorldModel,
     arm: str,
     progress: Progress | None,
+    kept: Sequence[Row] = (),
+    on_rows: OnRows | None = None,
 ) -> list[Row]:
     episodes = settings.task.episodes(settings.seeds)
-    rows: list[Row] = []
-    finished, waiting = 0, len(episodes)
-    for begin in range(0, len(episodes), settings.batch_size):
-        index = np.arange(begin, min(begin + settings.batch_size, len(episodes)))
+    rows = list(kept)
+    left = np.setdiff1d(np.arange(len(episodes)), [row["episode"] for row in kept])
+    finished, waiting = 0, len(left)
+    for begin in range(0, len(left), settings.batch_size):
+        index = left[begin : begin + settings.batch_size]
         batch = episodes.select(index)
         waiting -= len(index)
         last = (0, 0)
@@ -335,11 +344,14 @@ def _run(
             progress=report,
         )
         finished += last[0]
-        rows += [
+        new = [
             _row(settings, batch, position, int(episode), trace, arm)
             for position, (episode, trace) in enumerate(zip(index, traces, strict=True))
         ]
-    return rows
+        rows += new
+        if on_rows is not None:
+            on_rows(new)
+    return sorted(rows, key=lambda row: int(row["episode"]))
 
 
 def _row(

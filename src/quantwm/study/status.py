@@ -22,7 +22,8 @@ class ArmStatus:
         arm: its name.
         cell: id of its cell.
         state: "done", "running" (a live worker has it), "failed" or "waiting".
-        note: the error of a failed one, the worker of a running one.
+        note: the error of a failed one, the worker of a running one, and the episodes that are
+            kept of one that is not finished.
         seconds: what a finished one took, or for how long a running one has been running.
     """
 
@@ -68,11 +69,14 @@ def _arm(name: str, id: str, results: ResultsFolder, claims: Claims) -> ArmStatu
     finished = results.peek_cell(id)
     if finished is not None:
         return ArmStatus(name, id, "done", seconds=finished.seconds)
+    kept = sum(len(part.rows) for part in results.load_parts(id))
+    kept_note = f"{kept} episodes kept" if kept else ""
     holder = claims.holder(id)
     if holder is not None:
         worker = f"process {holder.get('pid')} on {holder.get('host')}"
-        return ArmStatus(name, id, "running", worker, time.time() - float(holder["started"]))
+        note = f"{worker}, {kept_note}" if kept else worker
+        return ArmStatus(name, id, "running", note, time.time() - float(holder["started"]))
     failure = results.load_failure(id)
     if failure is not None:
         return ArmStatus(name, id, "failed", str(failure.get("error", "")))
-    return ArmStatus(name, id, "waiting")
+    return ArmStatus(name, id, "waiting", kept_note)

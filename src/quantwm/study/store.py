@@ -1,6 +1,7 @@
 """The results folder of a study: one file a finished cell, and the tables made from them.
 
     cells/<id>.json           one finished cell; its own SHA-256 inside
+    parts/<id>/<n>.json       the same of some of its episodes, the first the n-th, until it is
     failed/<id>.json          why a cell could not be computed, until it is tried again
     claims/<id>.claim         a cell that a worker is computing
     config.yaml               the study, all resolved, and where it ran; itself a study file
@@ -22,6 +23,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import yaml
@@ -95,6 +97,9 @@ class ResultsFolder:
         """Where a finished cell lies."""
         return self.path / "cells" / f"{id}.json"
 
+    def _parts(self, id: str) -> Path:
+        return self.path / "parts" / id
+
     def failure_path(self, id: str) -> Path:
         """Where the reason lies why a cell failed."""
         return self.path / "failed" / f"{id}.json"
@@ -110,15 +115,36 @@ class ResultsFolder:
         Raises:
             QuantWMError: the folder cannot be written.
         """
-        content = {
-            "format": CELL_FORMAT,
-            "id": finished.id,
-            "cell": dict(finished.cell),
-            "bytes": finished.bytes,
-            "seconds": finished.seconds,
-            "rows": list(finished.rows),
-        }
-        write_json(self.cell_path(finished.id), {"sha256": _digest(content)} | content)
+        _write_cell(self.cell_path(finished.id), finished)
+
+    def save_part(self, part: FinishedCell) -> None:
+        """Write some episodes of an unfinished cell atomically.
+
+        Raises:
+            QuantWMError: the folder cannot be written.
+        """
+        first = min(int(row["episode"]) for row in part.rows)
+        _write_cell(self._parts(part.id) / f"{first}.json", part)
+
+    def load_parts(self, id: str) -> list[FinishedCell]:
+        """What is kept of an unfinished cell; no episode twice, damaged files left out."""
+        parts: list[FinishedCell] = []
+        seen: set[int] = set()
+        for path in sorted(self._parts(id).glob("*.json")):
+            try:
+                part = _read_cell(path, id)
+            except CorruptFileError as error:
+                logger.warning("%s; its episodes run again", error)
+                continue
+            episodes = {row["episode"] for row in part.rows} if part else set()
+            if part and not episodes & seen:
+                parts.append(part)
+                seen |= episodes
+        return parts
+
+    def clear_parts(self, id: str) -> None:
+        """Remove what was kept of a cell that is finished now."""
+        rmtree(self._parts(id), ignore_errors=True)
 
     def load_cell(self, id: str) -> FinishedCell | None:
         """A finished cell; None if its file is missing, or damaged and now set aside.
@@ -247,6 +273,18 @@ def _digest(content: Mapping[str, Any]) -> str:
         return hashlib.sha256(canonical_json(body).encode()).hexdigest()
     except ValueError:  # A NaN, which no file of ours holds.
         return ""
+
+
+def _write_cell(path: Path, finished: FinishedCell) -> None:
+    content = {
+        "format": CELL_FORMAT,
+        "id": finished.id,
+        "cell": dict(finished.cell),
+        "bytes": finished.bytes,
+        "seconds": finished.seconds,
+        "rows": list(finished.rows),
+    }
+    write_json(path, {"sha256": _digest(content)} | content)
 
 
 def _read_cell(path: Path, id: str) -> FinishedCell | None:

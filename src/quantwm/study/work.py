@@ -9,10 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
+
 from quantwm.calibration import Calibration, calibrate, calibration_origin
 from quantwm.compute import resolve_dtype
-from quantwm.errors import CorruptFileError
-from quantwm.evaluation import REFERENCES, Outcome, Progress, evaluate, evaluate_reference
+from quantwm.errors import CorruptFileError, QuantWMError
+from quantwm.evaluation import REFERENCES, Outcome, Progress, Row, evaluate, evaluate_reference
 from quantwm.loading import load
 from quantwm.methods import quantize, resolve_plan
 from quantwm.protocols import WorldModel
@@ -41,6 +43,53 @@ class StudyProgress(Protocol):
     def finish(self) -> None:
         """The stage is over, finished or not."""
         ...
+
+
+PART = 10
+"""Episodes of a cell that are planned together on a CPU, and lost together if a worker dies."""
+
+
+class _Parts:
+    """The episodes of a cell that are finished while others are not.
+
+    On a CPU a cell may take hours; on a GPU, where it takes a minute, it is one part.
+    """
+
+    def __init__(self, cell: Cell, folder: ResultsFolder, device: torch.device) -> None:
+        self._cell, self._folder = cell, folder
+        self.size = PART if device.type == "cpu" else cell.episodes
+        self._kept = folder.load_parts(cell.id)
+        self._before = sum(part.seconds for part in self._kept)
+        self._began = self._last = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the cell has taken, of interrupted workers only what became of use."""
+        return self._before + perf_counter() - self._began
+
+    @property
+    def finished(self) -> int:
+        """Episodes that are finished."""
+        return sum(len(part.rows) for part in self._kept)
+
+    def rows(self, arm: str) -> list[Row]:
+        """Rows of the episodes that are finished."""
+        return [row for part in self._kept for row in part.labelled(arm)]
+
+    def keep(self, rows: list[Row]) -> None:
+        """Store the rows of finished episodes, unless the cell is finished with them."""
+        now = perf_counter()
+        taken, self._last = now - self._last, now
+        part = FinishedCell.from_rows(
+            self._cell.id, self._cell.to_dict(), rows, bytes=None, seconds=taken
+        )
+        self._kept.append(part)
+        if self.finished == self._cell.episodes:
+            return
+        try:
+            self._folder.save_part(part)
+        except QuantWMError as error:  # The cell itself can still be stored, or say so.
+            logger.warning("%s; a worker that dies loses these episodes", error)
 
 
 class CellWork:
@@ -88,23 +137,22 @@ class CellWork:
                 self._folder.save_failure(cell.id, name, error, traceback.format_exc())
                 return True
             self._folder.save_cell(finished)
+            self._folder.clear_parts(cell.id)
         logger.info("finished cell %s of arm %s", cell.id, name)
         return True
 
     def _computed(self, name: str, cell: Cell) -> FinishedCell:
         index = self._prepared.order.index(name) + 1
         with self._stage(name, index) as update:
-            began = perf_counter()
-            outcome, size = self._evaluate(self._prepared.arm(name), cell, update)
+            parts = _Parts(cell, self._folder, self._prepared.device)
+            outcome, size = self._evaluate(self._prepared.arm(name), cell, update, parts)
             return FinishedCell.from_rows(
-                cell.id,
-                cell.to_dict(),
-                outcome.rows,
-                bytes=size,
-                seconds=perf_counter() - began,
+                cell.id, cell.to_dict(), outcome.rows, bytes=size, seconds=parts.seconds
             )
 
-    def _evaluate(self, arm: Arm, cell: Cell, update: Progress) -> tuple[Outcome, int | None]:
+    def _evaluate(
+        self, arm: Arm, cell: Cell, update: Progress, parts: "_Parts"
+    ) -> tuple[Outcome, int | None]:
         """The outcome of one arm, and the bytes of its model."""
         spec = self._prepared.spec
         settings: dict[str, Any] = {
@@ -124,7 +172,10 @@ class CellWork:
         for reference in REFERENCES:
             if cell.kind == reference:
                 return evaluate_reference(reference, world_model=model, **settings), None
-        return evaluate(model, **settings), stored_bytes(model)
+        outcome = evaluate(
+            model, **settings, batch_size=parts.size, kept=parts.rows(arm.name), on_rows=parts.keep
+        )
+        return outcome, stored_bytes(model)
 
     def model(self, name: str) -> WorldModel:
         """The model that an arm plans with.
