@@ -221,6 +221,8 @@ def test_bad_overrides(override, said):
 
 def test_quick_preset():
     spec = load_preset("quick", "wall")
+    assert spec.mpc_iterations == 6
+    assert load_preset("quick", "pusht").mpc_iterations == 2  # each plan takes ten times as long
     names = [arm.name for arm in spec.arms]
     assert names == [
         *("oracle-state", "oracle-latent", "random", "float"),

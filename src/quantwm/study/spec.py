@@ -250,13 +250,17 @@ def presets() -> list[str]:
 def load_preset(name: str, task: str) -> StudySpec:
     """A study that ships with quantwm, for a task and the world model bundled for it.
 
+    A preset's `by_task` names settings that differ in some tasks.
+
     Raises:
         UsageError: no such preset; lists what exists.
     """
     if name not in presets():
         raise unknown_name("preset", name, presets())
     text = (resources.files("quantwm.study") / "presets" / f"{name}.yaml").read_text()
-    return StudySpec.from_dict(yaml.safe_load(text) | {"task": task, "model": task})
+    values = yaml.safe_load(text)
+    own = values.pop("by_task", {}).get(task, {})
+    return StudySpec.from_dict(values | own | {"task": task, "model": task})
 
 
 def _override(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
