@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantwm.compute import resolve_device
 from quantwm.data.latents import encode_split
-from quantwm.data.sources import open_data
+from quantwm.data.sources import DataSet, open_data
 from quantwm.data.statistics import Statistics
 from quantwm.errors import MismatchError, UsageError, unknown_name
 from quantwm.fingerprint import model_hash
@@ -109,6 +109,16 @@ def model_config(
     )
 
 
+def latents_key(data: DataSet, encoder: str, config: DINOWMConfig) -> dict[str, Any]:
+    """What the cached latents of a data set depend on (`encode_split`).
+
+    Args:
+        encoder: SHA-256 of its weights.
+    """
+    pooled = {} if config.token_pool == 1 else {"token_pool": config.token_pool}
+    return {**data.key, "encoder": encoder, "image_size": config.image_size, **pooled}
+
+
 def train_task(
     task: Task,
     data: Path,
@@ -167,13 +177,7 @@ def train_task(
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
         parameter.requires_grad_(False)
-    key = {
-        **data_set.key,
-        "encoder": weights.sha256,
-        "image_size": world_model.config.image_size,
-    }
-    if world_model.config.token_pool != 1:
-        key["token_pool"] = world_model.config.token_pool
+    key = latents_key(data_set, weights.sha256, world_model.config)
     lengths = {
         "train": window_length(world_model, settings.unroll),
         "validation": HORIZON + 1,
