@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 
 import quantwm as qwm
 from quantwm.bench.methods import MethodRow
+from quantwm.calibration import Calibration
 from quantwm.cli import app
 from quantwm.cli import study as study_module
+from quantwm.cli.app import bench_app
 from quantwm.study.rows import read_parquet
+from quantwm.study.store import FinishedCell, ResultsFolder
 
 SMALL = [
     "episodes=2",
@@ -36,18 +39,12 @@ def test_the_package_runs_as_a_module():
 
 
 def test_every_command_has_help_with_an_example():
-    for command in (
-        "collect",
-        "train",
-        "quantize",
-        "study",
-        "work",
-        "status",
-        "diagnose",
-        "convert",
-        "info",
-    ):
-        result = run(command, "--help")
+    commands = [(one.name or one.callback.__name__,) for one in app.registered_commands]
+    commands += [("bench", one.name) for one in bench_app.registered_commands]
+    assert len(commands) > 10
+    for words in commands:
+        command = " ".join(words)
+        result = run(*words, "--help")
         assert result.exit_code == 0
         assert f"Example: quantwm {command}" in result.output.replace("\n", " ")
 
@@ -64,6 +61,12 @@ def test_every_command_has_help_with_an_example():
         (["study", "nowhere.yaml"], "cannot read the study"),
         (["study", "episodes=3"], "name a task"),
         (["study", "wall", "wall"], "named twice"),
+        (["study", "wall", "arms=w4", "arms=w4g128", "seed=2"], "given twice"),
+        (["study", "wall", "arms=float,w3/steps=[1"], "cannot be read as YAML"),
+        (["study", "wall", "arms=[1"], "cannot be read as YAML"),
+        # The first study would run for minutes before the second one's slip is met.
+        (["study", "wall", "pusth"], "did you mean 'pusht'"),
+        (["study", "wall", "--slurm", "--slurm-setting", "a=[1"], "cannot be read as YAML"),
         (["study", "wall", "--workers", "0"], "at least 1"),
         (["study", "wall", "--workers", "2", "--slurm"], "leave them out"),
         (["study", "wall", "--slurm-setting", "a=1"], "add --slurm"),
@@ -74,6 +77,15 @@ def test_every_command_has_help_with_an_example():
         (
             ["quantize", "wall", "--plan", "w4", "--method", "rtm", "--out", "x"],
             "did you mean 'rtn'",
+        ),
+        (
+            ["quantize", "wall", "--plan", "w4", "--option", "a=[1", "--out", "x"],
+            "cannot be read as YAML",
+        ),
+        (["quantize", "wall", "--plan", "w3", "--plan", "w4", "--out", "x"], "twice: w3 and w4"),
+        (
+            ["quantize", "wall", "--plan", "w4", "--samples", "7", "--out", "x"],
+            "--samples: this plan needs no calibration",
         ),
         (["info", "nowhere"], "neither a bundled model"),
     ],
@@ -126,8 +138,14 @@ def test_a_worker_joins_a_study_and_status_tells(tmp_path):
     cells = sorted((out / "cells").iterdir())
     removed = cells[0].read_text()
     cells[0].unlink()
+    half = json.loads(removed)
+    half["rows"] = half["rows"][:1]
+    ResultsFolder(out).save_part(
+        FinishedCell(half["id"], half["cell"], half["rows"], None, half["seconds"])
+    )
     before = run("status", out)
     assert "2 arms, 1 done, 1 waiting" in before.output.replace("\n", " ")
+    assert "1 episodes kept" in before.output
     reported = run("report", out)
     assert reported.exit_code == 0, reported.output
     assert (out / "report.html").is_file()
@@ -205,6 +223,27 @@ def test_quantize_writes_a_folder_that_every_command_can_load(tmp_path):
     facts = json.loads(run("info", tmp_path / "small", "--json").stdout)
     assert facts["bytes"] == sizes["bytes"]
     assert facts["quantized layers"] == 60
+
+
+def test_quantize_calibrates_where_a_plan_needs_it(tmp_path):
+    small = ("quantize", "wall", "--plan", "predictor.*=w8a8", "--out", tmp_path / "small")
+    sizes = ("--episodes", 1, "--samples", 8)
+    file = tmp_path / "calibration.safetensors"
+    made = run(*small, *sizes, "--calibration", file)
+    assert made.exit_code == 0, made.output
+    assert len(Calibration.load(file)) == 8
+    refused = run(*small, *sizes, "--calibration", file)
+    assert refused.exit_code == 2
+    assert "leave them out" in refused.output.replace("\n", " ")
+    assert run(*small, "--calibration", file).exit_code == 0
+
+
+def test_quantize_looks_at_its_target_before_it_computes(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("")
+    monkeypatch.setattr("quantwm.loading.load", lambda *_, **__: pytest.fail("computed"))
+    result = run("quantize", "wall", "--plan", "w4", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "mine.txt" in result.output
 
 
 def test_collect_and_info_show_the_data(tmp_path):

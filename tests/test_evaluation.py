@@ -12,6 +12,7 @@ from quantwm.calibration import Calibration, calibrate
 from quantwm.errors import CorruptFileError, MismatchError, UsageError
 from quantwm.evaluation import evaluate, evaluate_reference
 from quantwm.planning.cem import CEM
+from quantwm.planning.gradient import GradientDescent
 from quantwm.study.rows import comparable
 from quantwm.study.run import run_study
 from quantwm.study.spec import StudySpec
@@ -151,6 +152,14 @@ def test_calibration_comes_back_from_its_file_and_damage_is_seen(calibration, tm
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
     with pytest.raises(CorruptFileError, match="checksum"):
         Calibration.load(path)
+
+
+def test_what_a_gradient_planner_considers_is_recorded_too():
+    found = calibrate(
+        PointWorld(), Field(), episodes=2, samples=12, mpc_iterations=1,
+        planner=GradientDescent(samples=4, steps=3),
+    )  # fmt: skip
+    assert len(found) == 12
 
 
 def test_a_subset_keeps_the_frames_its_sequences_start_from(calibration):

@@ -146,6 +146,17 @@ def test_each_block_is_an_arm_of_its_own():
     assert [arm.name for arm in prepared.spec.arms] == list(prepared.cells)
 
 
+def test_each_block_beside_what_the_other_layers_are():
+    arm = {"name": "x", "plan": {"each_block.*": "w3", "predictor.*": "w8"}}
+    prepared = prepare(**study(point_spec(arms=["float", arm])))
+    assert prepared.cells["x encoder"].plan == {"encoder.0": "w3", "predictor.0": "w8"}
+
+
+def test_a_saved_models_path_may_hold_what_else_means_something():
+    (arm,) = parse_arms(["mine=folder:/tmp/seed=1/small"])
+    assert (arm.name, arm.folder) == ("mine", "/tmp/seed=1/small")
+
+
 def test_a_block_that_is_not_there_is_named():
     with pytest.raises(PlanError, match=r"encoder\.blocks\.7"):
         prepare(**study(point_spec(arms=["encoder.blocks.7:w3"])))

@@ -211,9 +211,9 @@ def test_kill_9_at_random_moments_changes_no_row(tmp_path, reference):
     """Two workers, killed again and again; the study's own command puts the rest right."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
-        "from quantwm.study import run_study;"
+        "from quantwm.study import run_study, work;"
         "from study_support import study;"
-        "run_study(**study(), out=sys.argv[2])"
+        "work.PART = 2; run_study(**study(), out=sys.argv[2])"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     for kill in range(4):

@@ -2,6 +2,7 @@
 
 import logging
 import resource
+from dataclasses import replace
 
 import pytest
 
@@ -87,7 +88,30 @@ class TestPartsOfACell:
         planned, resumed = self.planned_of_w8(monkeypatch, tmp_path)
         assert planned == 2
         assert by_arm(resumed) == by_arm(reference)
-        assert not list((tmp_path / "parts").iterdir())
+        assert not (tmp_path / "parts").exists()
+
+    def test_the_time_of_all_workers_counts(self, tmp_path):
+        parts = self.broken_off(tmp_path)
+        folder, id = ResultsFolder(tmp_path), parts.name
+        for part in folder.load_parts(id):
+            folder.save_part(replace(part, seconds=1000.0))
+        run_study(**study(), out=tmp_path)
+        assert 2000 < folder.load_cell(id).seconds < 2100
+
+    def test_references_are_kept_as_well(self, tmp_path):
+        recorder = Recorder(break_at=2, after=lambda: len(list(tmp_path.glob("parts/*/*"))) == 1)
+        with pytest.raises(StudyInterrupted, match=r"1 of 6 cells .* and 2 episodes of others"):
+            run_study(**study(), out=tmp_path, progress=recorder)
+        notes = {arm.arm: arm.note for arm in study_status(tmp_path).arms if arm.note}
+        assert notes == {"oracle-state": "2 episodes kept"}
+
+    def test_parts_of_a_finished_cell_do_not_stay(self, tmp_path):
+        """A worker that dies between the two leaves both."""
+        whole = run_study(**study(), out=tmp_path)
+        folder = ResultsFolder(tmp_path)
+        folder.save_part(folder.load_cell(whole.summary[3]["cell"]))
+        run_study(**study(), out=tmp_path)
+        assert not (tmp_path / "parts").exists()
 
     def test_a_damaged_part_is_computed_again(self, tmp_path, reference, monkeypatch, caplog):
         parts = self.broken_off(tmp_path)

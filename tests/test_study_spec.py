@@ -211,12 +211,24 @@ def test_arms_overridden_from_a_shell():
         ("calibration.smples=3", "did you mean 'samples'"),
         ("gate.x=3", "holds no settings"),
         ("episodes=many", "episodes must be an integer"),
-        ("arms=[", "no YAML"),
+        ("arms=[", "cannot be read as YAML"),
     ],
 )
 def test_bad_overrides(override, said):
     with pytest.raises(UsageError, match=said):
         StudySpec.from_dict(MINIMAL).with_overrides([override])
+
+
+def test_what_a_study_left_open_follows_its_overrides():
+    open_study = StudySpec.from_dict(MINIMAL)
+    paper = open_study.with_overrides(["planner.preset=paper"])
+    assert (open_study.mpc_iterations, paper.mpc_iterations) == (6, 50)
+    other = open_study.with_overrides(["task=pusht", "model=pusht"])
+    assert (open_study.gate, other.gate) == (0.7, 0.3)
+    # What was said stays, also where the default says the same.
+    said = StudySpec.from_dict(MINIMAL | {"mpc_iterations": 6, "gate": 0.7})
+    kept = said.with_overrides(["planner.preset=paper", "task=pusht", "model=pusht"])
+    assert (kept.mpc_iterations, kept.gate) == (6, 0.7)
 
 
 def test_quick_preset():

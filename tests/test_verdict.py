@@ -39,6 +39,14 @@ def test_a_planted_cause_is_found(changes, expected):
     assert verdict(GOOD | changes).verdict == expected
 
 
+def test_a_float_model_fails_by_its_own_studys_gate():
+    found = results(GOOD | PREDICTOR | {"float": 50})
+    assert verdict_by_intervention(found, "w3").verdict == "dynamics"
+    assert "float" in verdict_by_intervention(found, "w3").reason
+    modest = replace(found, gate=0.3)
+    assert verdict_by_intervention(modest, "float").verdict == "healthy"
+
+
 def test_true_dynamics_tell_how_an_encoder_breaks_planning():
     lost = verdict(GOOD | ENCODER)
     assert "no longer tell how far the goal is" in lost.reason

@@ -272,9 +272,18 @@ class _Recording:
         self._cost.observe(index, states)
 
     def __call__(self, index: npt.NDArray[np.intp], actions: torch.Tensor) -> torch.Tensor:
-        for episode, candidates in zip(index.tolist(), actions, strict=True):
-            self._candidates[self._newest[episode]].append(candidates.numpy().copy())
+        self._remember(index, actions)
         return self._cost(index, actions)
+
+    def gradient(
+        self, index: npt.NDArray[np.intp], actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._remember(index, actions)
+        return self._cost.gradient(index, actions)
+
+    def _remember(self, index: npt.NDArray[np.intp], actions: torch.Tensor) -> None:
+        for episode, candidates in zip(index.tolist(), actions, strict=True):
+            self._candidates[self._newest[episode]].append(candidates.detach().numpy().copy())
 
     def calibration(
         self, samples: int, seed: int, source: str, origin: dict[str, Any]

@@ -164,10 +164,10 @@ def print_cells(plans: Iterable["CellPlan"]) -> None:
 
 
 def print_status(studies: Iterable["StudyStatus"]) -> None:
-    """Counts of each study, and its arms that are running or have failed."""
+    """Counts of each study, and its arms that are running, have failed or are half done."""
     for one in studies:
         out.print(str(one), markup=False, highlight=False, soft_wrap=True)
-        shown = [arm for arm in one.arms if arm.state in ("running", "failed")]
+        shown = [arm for arm in one.arms if arm.note]
         if not shown:
             continue
         table = _columns("arm", "state", _right("seconds"), "")

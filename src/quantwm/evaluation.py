@@ -187,6 +187,8 @@ def evaluate_reference(
     memory_budget: int | str | None = None,
     arm: str | None = None,
     progress: Progress | None = None,
+    kept: Sequence[Row] = (),
+    on_rows: OnRows | None = None,
 ) -> Outcome:
     """Plan without the model's predictions, on the same goals with the same noise.
 
@@ -232,7 +234,7 @@ def evaluate_reference(
 
     if kind == "random":
         settings = replace(settings, planner=RandomPlans(settings.planner))
-    return Outcome(_run(settings, cost, placed_model, arm or kind, progress))
+    return Outcome(_run(settings, cost, placed_model, arm or kind, progress, kept, on_rows))
 
 
 def check_fits(world_model: WorldModel, task: Task) -> None:
@@ -315,8 +317,8 @@ def _run(
     world_model: WorldModel,
     arm: str,
     progress: Progress | None,
-    kept: Sequence[Row] = (),
-    on_rows: OnRows | None = None,
+    kept: Sequence[Row],
+    on_rows: OnRows | None,
 ) -> list[Row]:
     episodes = settings.task.episodes(settings.seeds)
     rows = list(kept)

@@ -138,7 +138,7 @@ def write_folder(
         QuantWMError: it cannot be written (full disk, no permission).
     """
     target = Path(folder).absolute()
-    _check_replaceable(target)
+    check_replaceable(target)
     content = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -232,7 +232,12 @@ def _metadata_checksum(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Refuse a folder that `write_folder` would not write to.
+
+    Raises:
+        UsageError: it is a file, or holds files that are not a saved model's.
+    """
     if not target.exists():
         return
     if not target.is_dir():

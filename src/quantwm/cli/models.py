@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantwm.cli.app import Device, Json, ModelName, TaskName, app
-from quantwm.cli.plans import method_options, plan_of
+from quantwm.cli.plans import calibration_for, check_calibrates, method_options, plan_of
 from quantwm.console import bars, counter, err, exit_codes, out, print_json
 
 
@@ -209,41 +209,45 @@ def quantize(
         typer.Option(help="Also quantize patch_embedding or attention_matmul; may be repeated."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Calibration file; made there if it does not exist.")
+        Path | None,
+        typer.Option(
+            help="Calibration file; made there if it does not exist and the plan needs one."
+        ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="Task to calibrate in; default: the model's own.")
     ] = None,
-    episodes: Annotated[int, typer.Option(help="Calibration episodes.")] = 8,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    episodes: Annotated[int | None, typer.Option(help="Calibration episodes; default 8.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Candidate sequences to calibrate on; default 128.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Quantize a world model and write it, packed, to a folder that every command can load."""
     with exit_codes("Nothing was written."):
-        from quantwm.calibration import Calibration, calibrate
         from quantwm.loading import load, save
         from quantwm.methods import quantize as quantize_model
-        from quantwm.methods import resolve_plan
         from quantwm.quant import stored_bytes
+        from quantwm.storage import check_replaceable
 
+        check_replaceable(out_folder)
         world_model = load(model, device=device)
         quant_plan = plan_of(plan, method, method_options(option or []), include or ())
-        resolve_plan(quant_plan, world_model)
-        data = None
+        sizes = {"episodes": episodes, "samples": samples}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        options = [f"--{name}" for name in (*given, *(["task"] if task else []))]
+        check_calibrates(quant_plan, world_model, calibration, options)
         with bars() as progress:
-            if calibration is not None and calibration.is_file():
-                data = Calibration.load(calibration)
-            elif calibration is not None:
-                data = calibrate(
-                    world_model,
-                    task or world_model.config.task,
-                    episodes=episodes,
-                    samples=samples,
-                    device=device,
-                    progress=counter(progress, "calibrate"),
-                )
-                data.save(calibration)
+            data = calibration_for(
+                quant_plan,
+                world_model,
+                calibration,
+                task or world_model.config.task,
+                device,
+                counter(progress, "calibrate"),
+                **given,
+            )
             small = quantize_model(
                 world_model, quant_plan, data, progress=counter(progress, f"quantize ({method})")
             )

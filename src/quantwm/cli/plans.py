@@ -1,6 +1,6 @@
 """Options that say how to quantize, and what the commands that take them make of them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,23 @@ def plan_of(
     options: Mapping[str, Any],
     include: Iterable[str] = (),
 ) -> "QuantPlan":
-    """The plan of repeated `--plan` options: a scheme for every layer, or PATTERN=SCHEME."""
+    """The plan of repeated `--plan` options: a scheme for every layer, or PATTERN=SCHEME.
+
+    Raises:
+        UsageError: one is written otherwise, or a pattern is given twice.
+    """
+    from quantwm.errors import UsageError
     from quantwm.quant import QuantPlan
 
-    layers = {}
+    layers: dict[str, str] = {}
     for text in schemes:
-        pattern, equals, scheme = text.partition("=")
-        layers[pattern.strip() if equals else "*"] = scheme.strip() if equals else text.strip()
+        before, equals, scheme = text.rpartition("=")
+        pattern = before.strip() if equals else "*"
+        if pattern in layers:
+            raise UsageError(
+                f"--plan gives {pattern!r} twice: {layers[pattern]} and {scheme.strip()}"
+            )
+        layers[pattern] = scheme.strip()
     return QuantPlan(layers, method, include, options)
 
 
@@ -32,8 +42,7 @@ def method_options(texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         UsageError: one is written otherwise.
     """
-    import yaml
-
+    from quantwm.checks import parsed
     from quantwm.errors import UsageError
 
     options = {}
@@ -41,7 +50,7 @@ def method_options(texts: Iterable[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"a method's option is NAME=VALUE, such as alpha=0.5; got {text!r}")
-        options[name.strip()] = yaml.safe_load(value)
+        options[name.strip()] = parsed(value, text)
     return options
 
 
@@ -52,12 +61,14 @@ def calibration_for(
     task: str,
     device: str,
     progress: Callable[[int, int], None],
+    **sizes: Any,
 ) -> "Calibration | None":
     """Calibration data for a plan that needs them: from a file, or gathered now.
 
     Args:
         file: read if it is there, else written; None keeps what is gathered in memory.
         task: to calibrate in.
+        sizes: episodes and samples, where they differ from the default.
 
     Returns:
         None where neither the method nor a layer needs any.
@@ -66,15 +77,38 @@ def calibration_for(
         PlanError: the plan cannot be applied.
     """
     from quantwm.calibration import Calibration, calibrate
-    from quantwm.methods import resolve_plan
-    from quantwm.study.prepare import needs_calibration
 
-    layers = resolve_plan(plan, world_model)
+    needed = _needs_calibration(plan, world_model)
     if file is not None and file.is_file():
         return Calibration.load(file)
-    if not needs_calibration(plan, layers):
+    if not needed:
         return None
-    data = calibrate(world_model, task, device=device, progress=progress)
+    data = calibrate(world_model, task, device=device, progress=progress, **sizes)
     if file is not None:
         data.save(file)
     return data
+
+
+def check_calibrates(
+    plan: "QuantPlan", world_model: "DINOWM", file: Path | None, options: Sequence[str]
+) -> None:
+    """Refuse options that say how to calibrate where `calibration_for` would not.
+
+    Raises:
+        UsageError: names them.
+        PlanError: the plan cannot be applied.
+    """
+    from quantwm.errors import UsageError
+
+    needed = _needs_calibration(plan, world_model)
+    if options and not needed:
+        raise UsageError(f"{', '.join(options)}: this plan needs no calibration; leave them out")
+    if options and file is not None and file.is_file():
+        raise UsageError(f"{', '.join(options)}: {file} is there and says it; leave them out")
+
+
+def _needs_calibration(plan: "QuantPlan", world_model: "DINOWM") -> bool:
+    from quantwm.methods import resolve_plan
+    from quantwm.study.prepare import needs_calibration
+
+    return needs_calibration(plan, resolve_plan(plan, world_model))

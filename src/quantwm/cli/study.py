@@ -168,8 +168,7 @@ def report(
 
 
 def _executor(workers: int, slurm: bool, settings: list[str], minutes: float) -> "Executor":
-    import yaml
-
+    from quantwm.checks import parsed
     from quantwm.errors import UsageError
     from quantwm.study.executors import InProcess, Local, Slurm
 
@@ -180,7 +179,7 @@ def _executor(workers: int, slurm: bool, settings: list[str], minutes: float) ->
         bad = [key for key, equals, _ in pairs if not equals]
         if bad:
             raise UsageError(f"--slurm-setting is KEY=VALUE, got {bad[0]!r}")
-        return Slurm(minutes, parameters={key: yaml.safe_load(text) for key, _, text in pairs})
+        return Slurm(minutes, parameters={key: parsed(text, key) for key, _, text in pairs})
     if settings:
         raise UsageError("--slurm-setting is for jobs of a cluster: add --slurm")
     return InProcess() if workers == 1 else Local(workers)
@@ -221,8 +220,13 @@ def _run(
 ) -> None:
     from quantwm.errors import CellsFailedError, GateError
     from quantwm.report import write_report
+    from quantwm.study.prepare import check_folder, prepare
     from quantwm.study.run import run_study
+    from quantwm.study.store import ResultsFolder
 
+    if len(planned) > 1:  # a slip in the last one shows before the first has run for hours
+        for spec, folder in planned:
+            check_folder(prepare(spec), ResultsFolder(folder))
     command = shlex.join(["quantwm", *sys.argv[1:]])
     stopped: list[GateError | CellsFailedError] = []
     summaries = {}

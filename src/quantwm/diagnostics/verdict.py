@@ -11,8 +11,8 @@ E and P *restore* success if they keep that of float (the paired difference's lo
 open. T is compared in the same way with `oracle-latent`, which has the float encoder and is
 otherwise the same.
 
-First, float must plan. Where its success rate is certainly below the gate, there is nothing that
-quantization could have broken, and the oracles tell what fails in the float model already:
+First, float must plan. Where its success rate is certainly below the study's gate, there is
+nothing that quantization could have broken, and the oracles tell what fails in the float model:
 
 | oracle-state        | oracle-latent       | verdict     |
 | ------------------- | ------------------- | ----------- |
@@ -57,9 +57,6 @@ from quantwm.study.evidence import (
 )
 from quantwm.study.labels import ArmLabels
 from quantwm.study.results import TaskResults
-
-GATE = 0.7
-"""Success below which a float model, or an oracle, is taken to fail; studies' own default gate."""
 
 Cause: TypeAlias = Literal[
     "healthy",
@@ -116,9 +113,7 @@ class InterventionVerdict:
         return {"kind": "verdict", **values}
 
 
-def verdict_by_intervention(
-    results: TaskResults, arm: str, *, gate: float = GATE
-) -> InterventionVerdict:
+def verdict_by_intervention(results: TaskResults, arm: str) -> InterventionVerdict:
     """Which part of an arm makes planning fail; see the table of this module.
 
     Interventions are found by what arms are (part, scheme, method and budget), not by their names.
@@ -126,14 +121,13 @@ def verdict_by_intervention(
     Args:
         results: the rows of a study in one task.
         arm: the name of a quantized arm, or of a float one, which is judged by the oracles.
-        gate: success rate, 0 to 1.
 
     Raises:
         UsageError: the results have no such arm.
     """
     if arm not in results.arms:
         raise unknown_name("arm", arm, results.arms)
-    arms, labels = Arms(results), results.arms[arm]
+    arms, labels, gate = Arms(results), results.arms[arm], results.gate
     float_works = against_gate(arms, labels_at("float", labels), gate)
     if float_works.missing:
         return _undecided(arm, "there is no float arm", [float_works], [float_works])
@@ -149,7 +143,7 @@ def verdict_by_intervention(
     return _by_parts(arms, arm, labels, float_works)
 
 
-def verdicts(results: TaskResults, *, gate: float = GATE) -> list[InterventionVerdict]:
+def verdicts(results: TaskResults) -> list[InterventionVerdict]:
     """The verdict on every arm of which one side alone is an arm too, in the study's order."""
     chosen = [
         name
@@ -158,7 +152,7 @@ def verdicts(results: TaskResults, *, gate: float = GATE) -> list[InterventionVe
         and labels.part == "all"
         and any(replace(labels, part=part) in results.arms.values() for part in _SIDES)
     ]
-    return [verdict_by_intervention(results, name, gate=gate) for name in chosen]
+    return [verdict_by_intervention(results, name) for name in chosen]
 
 
 def against_gate(arms: Arms, wanted: ArmLabels, gate: float) -> Clause:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from quantwm.diagnostics.verdict import InterventionVerdict, verdict_by_intervention, verdicts
-from quantwm.report.arms import number as finite
 from quantwm.report.document import Section
 from quantwm.report.filters import filter_data
 from quantwm.report.load import TaskReport
@@ -26,11 +25,9 @@ _MEANINGS = {
 
 def judged(task: TaskReport) -> list[InterventionVerdict]:
     """The verdicts on a task's arms, after that on the float model where it fails itself."""
-    gate = finite(task.config.get("gate"))
-    gate = 0.7 if gate is None else gate
-    found = verdicts(task.results, gate=gate)
+    found = verdicts(task.results)
     if task.results.reference is not None:
-        own = verdict_by_intervention(task.results, task.results.reference, gate=gate)
+        own = verdict_by_intervention(task.results, task.results.reference)
         if own.verdict not in _SILENT:
             found.insert(0, own)
     return found

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
-from quantwm.checks import is_integer
+from quantwm.checks import is_integer, parsed
 from quantwm.errors import PlanError, UsageError, unknown_name
 from quantwm.methods import get_method, resolve_plan
 from quantwm.protocols import WorldModel
@@ -272,14 +270,14 @@ def with_blocks(arms: Sequence[Arm], world_model: WorldModel) -> tuple[Arm, ...]
     blocks = list(dict.fromkeys(group.block for group in groups))
     replaced: list[Arm] = []
     for arm in arms:
-        if arm.plan is None or arm.plan.layers[0][0] != f"{EACH_BLOCK}.*":
+        if arm.plan is None or f"{EACH_BLOCK}.*" not in dict(arm.plan.layers):
             replaced.append(arm)
             continue
-        scheme = arm.plan.layers[0][1]
         for block in blocks:
-            plan = QuantPlan(
-                {f"{block}.*": scheme}, arm.plan.method, arm.plan.include, dict(arm.plan.options)
-            )
+            layers = {
+                pattern.replace(EACH_BLOCK, block): scheme for pattern, scheme in arm.plan.layers
+            }
+            plan = QuantPlan(layers, arm.plan.method, arm.plan.include, dict(arm.plan.options))
             name = (
                 arm.name.replace(EACH_BLOCK, block)
                 if EACH_BLOCK in arm.name
@@ -312,7 +310,11 @@ def resolve_arms(arms: Sequence[Arm], world_model: WorldModel) -> dict[str, dict
 
 def _split(text: str) -> tuple[str | None, str, dict[str, Any]]:
     """An arm's label, if it has one, what it is, and the settings after its slashes."""
-    head, *settings = [text] if FOLDER in text else text.split("/")
+    before, found, path = text.partition(FOLDER)
+    label, equals, rest = before.strip().rpartition("=")
+    if found and not rest.strip():  # a path may hold slashes and equals signs
+        return (label.strip() if equals else None), f"{FOLDER}{path.strip()}", {}
+    head, *settings = text.split("/")
     label, equals, what = head.strip().rpartition("=")
     budget: dict[str, Any] = {}
     for setting in settings:
@@ -321,7 +323,7 @@ def _split(text: str) -> tuple[str | None, str, dict[str, Any]]:
             raise UsageError(
                 f"arm {text!r}: {setting!r} is no SETTING=VALUE; write it as in 'w3/steps=20'"
             )
-        budget[key.strip()] = yaml.safe_load(value)
+        budget[key.strip()] = parsed(value, text)
     return (label.strip() if equals else None), what.strip(), budget
 
 

@@ -18,7 +18,8 @@ class CellPlan:
         arm: its name.
         cell: id of its cell.
         done: whether the results folder has the cell.
-        seconds: estimated time; 0 for a finished cell and for one that an arm above shares.
+        seconds: estimated time of what is not kept yet; 0 for a finished cell and for one that an
+            arm above shares.
         shares: the arm above with the same cell, if there is one.
     """
 
@@ -59,7 +60,9 @@ def plan_study(
     for arm, cell in prepared.cells.items():
         owner = owners.setdefault(cell.id, arm)
         free = cell.id in stored or owner != arm
-        seconds = 0.0 if free else calibrated_seconds(cell, finished, pace)
+        kept = 0 if free else sum(len(part.rows) for part in folder.load_parts(cell.id))
+        left = 1 - kept / cell.episodes
+        seconds = 0.0 if free else left * calibrated_seconds(cell, finished, pace)
         shares = owner if owner != arm else None
         plans.append(CellPlan(arm, cell.id, cell.id in stored, seconds, shares))
     return plans

@@ -96,7 +96,7 @@ class Local:
             QuantWMError: workers are killed again and again without finishing anything.
         """
         context = multiprocessing.get_context("spawn")
-        kills, finished = 0, 0
+        kills, finished, folder = 0, (0, 0), ResultsFolder(job.folder)
         show = _bar(progress, f"{self.workers} workers")
 
         def start(index: int) -> BaseProcess:
@@ -121,8 +121,9 @@ class Local:
                     logger.warning("worker %d stopped with code %d", index, process.exitcode)
                     if process.exitcode > 0:
                         continue  # it said why
-                    kills = kills + 1 if done == finished else 1
-                    finished = done
+                    reached = done, folder.count_parts()
+                    kills = kills + 1 if reached == finished else 1
+                    finished = reached
                     if kills > KILLS:
                         raise QuantWMError(
                             f"workers were killed {kills} times in a row, perhaps for want of "

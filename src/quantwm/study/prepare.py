@@ -254,8 +254,8 @@ def check_same_study(found: Mapping[str, Any], wanted: Mapping[str, Any], folder
     )
     raise MismatchError(
         f"{folder} holds the results of another configuration:\n{listed}\n"
-        "Give another folder (--out), or set these as the folder has them. Arms, gate and name "
-        "may change within one folder, nothing else."
+        "Give another folder (--out), or set these as the folder has them. Arms, name, gate, "
+        "diagnostics and memory_budget may change within one folder, nothing else."
     )
 
 

@@ -9,7 +9,7 @@ from quantwm.evaluation import Row
 from quantwm.study.arms import float_arm, reference_arm
 from quantwm.study.labels import ArmLabels, labels_of
 from quantwm.study.rows import read_parquet
-from quantwm.study.spec import StudySpec
+from quantwm.study.spec import GATE, StudySpec
 from quantwm.study.store import CONFIG, EPISODES
 
 
@@ -24,6 +24,7 @@ class TaskResults:
         reference: name of the study's float arm, or None.
         compared: arm's name → name of the float arm that it is compared with: that of the same
             budget where there is one; arms that are compared with none are left out.
+        gate: the study's; a float model below it is no reference.
     """
 
     task: str
@@ -31,6 +32,7 @@ class TaskResults:
     rows: Mapping[str, Sequence[Row]] = field(repr=False)
     reference: str | None = None
     compared: Mapping[str, str] = field(default_factory=dict)
+    gate: float = GATE
 
 
 def read_results(folder: str | Path) -> TaskResults:
@@ -61,6 +63,7 @@ def results_of(spec: StudySpec, rows: Sequence[Row]) -> TaskResults:
         rows={
             arm.name: sorted(by_arm[arm.name], key=lambda row: int(row["episode"])) for arm in known
         },
+        gate=spec.gate,
         reference=own.name if (own := float_arm(known)) is not None else None,
         compared={
             arm.name: reference.name

@@ -99,12 +99,16 @@ def run_study(
             run.look()
     except KeyboardInterrupt as error:
         ids = run.ids
-        kept = sum(folder.cell_path(id).exists() for id in ids)
+        done = [id for id in ids if folder.cell_path(id).exists()]
+        kept = sum(len(part.rows) for id in ids.difference(done) for part in folder.load_parts(id))
+        besides = f", and {kept} episodes of others" if kept else ""
         raise StudyInterrupted(
-            f"interrupted; {kept} of {len(ids)} cells are finished and kept in {out}: "
-            "the same command goes on from there"
+            f"interrupted; {len(done)} of {len(ids)} cells are finished and kept in {out}"
+            f"{besides}: the same command goes on from there"
         ) from error
     run.check_complete()
+    for id in run.ids:
+        folder.clear_parts(id)
     rows, summary = run.tables.write()
     try:
         _diagnose(replace(job, stage="diagnoses"), prepared, executor, progress)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from quantwm.calibration import DEFAULT_EPISODES, DEFAULT_SAMPLES
-from quantwm.checks import is_integer, is_number
+from quantwm.checks import is_integer, is_number, parsed
 from quantwm.compute import DTYPES, parse_bytes
 from quantwm.errors import UsageError, unknown_name
 from quantwm.planning.defaults import default_iterations
@@ -119,6 +119,8 @@ class StudySpec:
     threads: int | None = None
     memory_budget: str | int | None = None
     gate: float = None  # type: ignore[assignment]  # a number once it is built
+    _derived: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+    """Settings that nobody gave: another task or planner would change them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.task.get("name"), str):
@@ -129,10 +131,10 @@ class StudySpec:
         _check_integer("seed", self.seed, 0, MAX_SEED - 1)
         if self.mpc_iterations is None:
             own = default_iterations(self.task["name"], self.planner.get("preset", "compact"))
-            object.__setattr__(self, "mpc_iterations", own)
+            self._derive("mpc_iterations", own)
         _check_integer("mpc_iterations", self.mpc_iterations, 1)
         if self.gate is None:
-            object.__setattr__(self, "gate", GATES.get(self.task["name"], GATE))
+            self._derive("gate", GATES.get(self.task["name"], GATE))
         if self.block not in BLOCKS:
             raise unknown_name("seed block", str(self.block), BLOCKS)
         if self.threads is not None:
@@ -145,6 +147,10 @@ class StudySpec:
             raise unknown_name("device", str(self.device), DEVICES)
         if not is_number(self.gate) or not 0 <= self.gate <= 1:
             raise UsageError(f"gate must be a success rate, 0 to 1, got {self.gate!r}")
+
+    def _derive(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "_derived", (*self._derived, name))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StudySpec":
@@ -162,8 +168,7 @@ class StudySpec:
                 f"the study has version {version!r}, this quantwm reads {VERSION}; "
                 "install the quantwm that wrote it"
             )
-        known = [one.name for one in fields(cls)]
-        _check_keys("study setting", values, known)
+        _check_keys("study setting", values, _settings())
         for required in ("task", "model", "arms"):
             if required not in values:
                 raise UsageError(f"the study lacks {required!r}")
@@ -206,8 +211,8 @@ class StudySpec:
     def to_dict(self) -> dict[str, Any]:
         """Every setting in its full form, as YAML and JSON values."""
         values: dict[str, Any] = {"version": VERSION, "name": self.name}
-        for one in fields(self):
-            values.setdefault(one.name, getattr(self, one.name))
+        for name in _settings():
+            values.setdefault(name, getattr(self, name))
         values["task"], values["planner"] = dict(self.task), dict(self.planner)
         values["arms"] = [arm.to_dict() for arm in self.arms]
         values["calibration"] = dict(vars(self.calibration))
@@ -222,21 +227,27 @@ class StudySpec:
         """The study with settings replaced, each given as `key=value`.
 
         Keys are those of the YAML file, dotted where nested (`planner.samples=64`,
-        `task.door_y=20`); values are YAML. `arms=float,w4,w2` gives another list of arms.
+        `task.door_y=20`); values are YAML. `arms=float,w4,w2` gives another list of arms. What
+        the study left to the task and the planner follows theirs.
 
         Raises:
-            UsageError: no `=`, an unknown key (with the nearest known), or a bad value.
+            UsageError: no `=`, an unknown key (with the nearest known), a key given twice, or a
+                bad value.
         """
-        values = self.to_dict()
+        values = {key: value for key, value in self.to_dict().items() if key not in self._derived}
+        given: set[str] = set()
         for override in overrides:
             key, equals, text = override.partition("=")
-            if not equals or not key.strip():
+            key = key.strip()
+            if not equals or not key:
                 raise UsageError(f"an override is KEY=VALUE, such as episodes=32; got {override!r}")
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"override {override!r}: the value is no YAML") from error
-            _override(values, key.strip().split("."), value)
+            if key in given:
+                raise UsageError(
+                    f"{key!r} is given twice; if its value has braces, quote it, or the shell "
+                    f"makes several words of it: '{key}=...'"
+                )
+            given.add(key)
+            _override(values, key.split("."), parsed(text, override))
         return StudySpec.from_dict(values)
 
 
@@ -263,16 +274,20 @@ def load_preset(name: str, task: str) -> StudySpec:
     return StudySpec.from_dict(values | own | {"task": task, "model": task})
 
 
+def _settings() -> list[str]:
+    """Names of a study's settings."""
+    return [one.name for one in fields(StudySpec) if one.init]
+
+
 def _override(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     """Set a dotted key; a whole mapping may be replaced, `task=NAME` stays a short form."""
     head, *rest = path
-    known = [one.name for one in fields(StudySpec)]
-    if head not in known:
-        raise unknown_name("study setting", head, known)
+    if head not in _settings():
+        raise unknown_name("study setting", head, _settings())
     if not rest:
         values[head] = value
         return
-    inner = values[head]
+    inner = values.get(head)
     if head not in ("task", "planner", "calibration", "diagnostics") or not isinstance(inner, dict):
         raise UsageError(f"{'.'.join(path)!r}: {head!r} holds no settings of its own")
     inner[".".join(rest)] = value

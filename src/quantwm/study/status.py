@@ -22,7 +22,7 @@ class ArmStatus:
         arm: its name.
         cell: id of its cell.
         state: "done", "running" (a live worker has it), "failed" or "waiting".
-        note: the error of a failed one, the worker of a running one, and the episodes that are
+        note: the error of a failed one, the worker of a running one, and how many episodes are
             kept of one that is not finished.
         seconds: what a finished one took, or for how long a running one has been running.
     """
@@ -70,13 +70,16 @@ def _arm(name: str, id: str, results: ResultsFolder, claims: Claims) -> ArmStatu
     if finished is not None:
         return ArmStatus(name, id, "done", seconds=finished.seconds)
     kept = sum(len(part.rows) for part in results.load_parts(id))
-    kept_note = f"{kept} episodes kept" if kept else ""
+
+    def noted(note: str) -> str:
+        return ", ".join([note] * bool(note) + [f"{kept} episodes kept"] * bool(kept))
+
     holder = claims.holder(id)
     if holder is not None:
         worker = f"process {holder.get('pid')} on {holder.get('host')}"
-        note = f"{worker}, {kept_note}" if kept else worker
-        return ArmStatus(name, id, "running", note, time.time() - float(holder["started"]))
+        since = time.time() - float(holder["started"])
+        return ArmStatus(name, id, "running", noted(worker), since)
     failure = results.load_failure(id)
     if failure is not None:
-        return ArmStatus(name, id, "failed", str(failure.get("error", "")))
-    return ArmStatus(name, id, "waiting", kept_note)
+        return ArmStatus(name, id, "failed", noted(str(failure.get("error", ""))))
+    return ArmStatus(name, id, "waiting", noted(""))

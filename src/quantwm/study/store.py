@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
@@ -142,9 +143,15 @@ class ResultsFolder:
                 seen |= episodes
         return parts
 
+    def count_parts(self) -> int:
+        """Parts that are kept of all unfinished cells."""
+        return sum(1 for _ in self.path.glob("parts/*/*.json"))
+
     def clear_parts(self, id: str) -> None:
         """Remove what was kept of a cell that is finished now."""
         rmtree(self._parts(id), ignore_errors=True)
+        with suppress(OSError):  # others' are there, or none ever were
+            self._parts(id).parent.rmdir()
 
     def load_cell(self, id: str) -> FinishedCell | None:
         """A finished cell; None if its file is missing, or damaged and now set aside.

@@ -46,7 +46,8 @@ class StudyProgress(Protocol):
 
 
 PART = 10
-"""Episodes of a cell that are planned together on a CPU, and lost together if a worker dies."""
+"""Episodes of a cell that are planned together on a CPU, and lost together if a worker dies; as
+many as there are threads where these are more."""
 
 
 class _Parts:
@@ -57,7 +58,8 @@ class _Parts:
 
     def __init__(self, cell: Cell, folder: ResultsFolder, device: torch.device) -> None:
         self._cell, self._folder = cell, folder
-        self.size = PART if device.type == "cpu" else cell.episodes
+        together = max(PART, torch.get_num_threads())
+        self.size = together if device.type == "cpu" else cell.episodes
         self._kept = folder.load_parts(cell.id)
         self._before = sum(part.seconds for part in self._kept)
         self._began = self._last = perf_counter()
@@ -127,6 +129,7 @@ class CellWork:
             if not free:
                 return False
             if self._folder.load_cell(cell.id) is not None:
+                self._folder.clear_parts(cell.id)  # its worker may have died before doing so
                 return True  # finished between the look and the claim
             try:
                 if cell.calibration is not None and not self._has_calibration():
@@ -165,17 +168,17 @@ class CellWork:
             "device": self._prepared.device,
             "dtype": spec.dtype,
             "memory_budget": spec.memory_budget,
+            "batch_size": parts.size,
             "arm": arm.name,
             "progress": update,
+            "kept": parts.rows(arm.name),
+            "on_rows": parts.keep,
         }
         model = self._built(arm, cell)
         for reference in REFERENCES:
             if cell.kind == reference:
                 return evaluate_reference(reference, world_model=model, **settings), None
-        outcome = evaluate(
-            model, **settings, batch_size=parts.size, kept=parts.rows(arm.name), on_rows=parts.keep
-        )
-        return outcome, stored_bytes(model)
+        return evaluate(model, **settings), stored_bytes(model)
 
     def model(self, name: str) -> WorldModel:
         """The model that an arm plans with.
