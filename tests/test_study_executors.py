@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMError, UsageError
-from quantwm.study import run_study
+from quantwm.study import executors, run_study
 from quantwm.study.claims import Claims
 from quantwm.study.executors import Local, Slurm, _on_device, batches
 from quantwm.study.prepare import prepare
 from quantwm.study.status import study_status
 from quantwm.study.worker import Job, job_of, work
-from study_support import PointModel, PointTask, Recorder, by_arm, point_spec, study
+from study_support import DyingModel, PointModel, PointTask, Recorder, by_arm, point_spec, study
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,18 @@ def test_kill_9_at_random_moments_changes_no_row(tmp_path, reference):
             worker.send_signal(signal.SIGKILL)
             worker.wait()
     assert by_arm(run_study(**study(), out=tmp_path)) == by_arm(reference)
+
+
+@pytest.mark.slow
+def test_workers_that_get_on_may_be_killed_as_often_as_they_like(tmp_path, monkeypatch):
+    """Each one dies with its first part; only those that finish nothing are given up."""
+    monkeypatch.setattr(executors, "KILLS", 1)
+    spec = point_spec(arms=["float"], episodes=30)
+    died = run_study(
+        spec, tmp_path, world_model=DyingModel(tmp_path), task=PointTask(), executor=Local(1)
+    )
+    whole = run_study(spec, tmp_path / "whole", world_model=PointModel(), task=PointTask())
+    assert by_arm(died) == by_arm(whole)
 
 
 @pytest.mark.slow

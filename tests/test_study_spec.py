@@ -234,7 +234,7 @@ def test_what_a_study_left_open_follows_its_overrides():
 def test_quick_preset():
     spec = load_preset("quick", "wall")
     assert spec.mpc_iterations == 6
-    assert load_preset("quick", "pusht").mpc_iterations == 2  # each plan takes several times as long
+    assert load_preset("quick", "pusht").mpc_iterations == 2  # its plans take long
     names = [arm.name for arm in spec.arms]
     assert names == [
         *("oracle-state", "oracle-latent", "random", "float"),
