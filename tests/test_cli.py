@@ -87,6 +87,7 @@ def test_every_command_has_help_with_an_example():
             ["quantize", "wall", "--plan", "w4", "--samples", "7", "--out", "x"],
             "--samples: this plan needs no calibration",
         ),
+        (["info", "--sheet", "x.png"], "name a model's or data set's folder"),
         (["info", "nowhere"], "neither a bundled model"),
     ],
 )

@@ -27,10 +27,19 @@ def info(
     this installation offers."""
     with exit_codes():
         from quantwm.describe import contact_sheet, describe, describe_installation
+        from quantwm.errors import UsageError
 
-        facts = describe_installation() if source is None else describe(source, task)
-        if sheet is not None:
-            contact_sheet(str(source), sheet)
+        if source is None:
+            if sheet is not None or task is not None:
+                option = "--task" if sheet is None else "--sheet"
+                raise UsageError(
+                    f"{option} is about something: name a model's or data set's folder"
+                )
+            facts = describe_installation()
+        else:
+            facts = describe(source, task)
+            if sheet is not None:
+                contact_sheet(source, sheet)
         if as_json:
             print_json(facts)
         else:
