@@ -118,6 +118,8 @@ def test_non_finite_latents_fail_their_episodes_with_the_reason():
         ({"mpc_iterations": 0}, "at least 1"),
         ({"dtype": "float61"}, "known: auto, bfloat16, float32"),
         ({"device": "cuda:0"}, "no CUDA device"),
+        ({"device": "mps"}, "cpu and cuda"),
+        ({"device": "cpu:5"}, "not there"),
         ({"block": "evaluaton"}, "did you mean 'evaluation'"),
     ],
 )

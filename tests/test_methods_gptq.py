@@ -18,7 +18,7 @@ from quant_support import (
     snapshot,
 )
 from quantwm.errors import NonFiniteError, PlanError, UsageError
-from quantwm.methods import quantize
+from quantwm.methods import quantize, resolve_plan
 from quantwm.methods.gptq import GPTQ, column_order, inverse_factor, rounded_columns
 from quantwm.quant import QuantConv2d, QuantPlan, load_quantized, save_quantized
 from quantwm.quant.modules import QuantizedWeight
@@ -311,7 +311,6 @@ MODELS = [
     "w3g8a8",
     "w4a4-token",
     "w8-w_study",
-    "a8-token",
 ]
 
 
@@ -441,3 +440,9 @@ def test_too_few_tokens_are_refused_with_both_numbers(monkeypatch):
 def test_calibration_data_are_asked_for_beforehand():
     with pytest.raises(PlanError, match="'gptq' needs calibration data"):
         quantize(TinyWorldModel(), QuantPlan({"*": "w4"}, method="gptq"))
+
+
+def test_a_plan_without_weights_is_refused():
+    with pytest.raises(PlanError, match="gptq: no layer of the plan has quantized weights"):
+        resolve_plan(QuantPlan({"*": "a8-token"}, "gptq"), TinyWorldModel())
+    resolve_plan(QuantPlan({"*": "a8-token", "predictor.fc2": "w3"}, "gptq"), TinyWorldModel())

@@ -191,6 +191,10 @@ def test_parse_reads_patterns_from_text_and_mappings():
         (lambda: QuantPlan.from_dict({"layer": {"*": "w8"}}), "did you mean 'layers'"),
         (lambda: QuantPlan.from_dict({"version": 2, "layers": {"*": "w8"}}), "version 2"),
         (lambda: QuantPlan.load("/nowhere/plan.yaml"), "cannot read a plan"),
+        (lambda: QuantPlan.from_dict({"layers": {"*": "w8"}, "options": [1]}), r"got \[1\]"),
+        (lambda: QuantPlan({"*": "w8"}, options={1: 2, "a": 3}), "options map names to values"),
+        (lambda: QuantPlan.from_dict({"layers": {"*": "w8"}, "include": 5}), "include is a list"),
+        (lambda: QuantPlan.from_dict({"layers": {"*": "w8"}, "method": None}), "got None"),
     ],
 )
 def test_bad_plans_say_what_is_wrong(make, message):

@@ -1,6 +1,7 @@
 """Collecting, caching latents and training: resumable, and really learning."""
 
 import json
+import logging
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from quantwm import compute
-from quantwm.data.collect import collect
+from quantwm.data.collect import _shards, collect
 from quantwm.data.drawing import drawn
 from quantwm.data.latents import FrameIndex, encode_split
 from quantwm.data.sources import Rendered, Split
@@ -119,6 +120,26 @@ def test_splits_share_no_seed(data):
     assert not set(data.load("train").seeds) & set(data.load("validation").seeds)
 
 
+def test_collections_of_two_seeds_share_no_trajectory():
+    """Also not their later shards, each of which has an episode seed of its own."""
+    first, second = (
+        {number for shard in _shards("train", 3000, seed) for number in shard.seeds}
+        for seed in (0, 1)
+    )
+    assert len(first) == len(second) == 3000
+    assert not first & second
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"seed": 1024}, "seed must be 0 to 1023"), ({"train": 64_001}, "with another seed")],
+)
+def test_what_a_seed_cannot_give_is_refused(settings, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        collect(Wall(), tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_other_data_is_refused(data):
     with pytest.raises(MismatchError, match="origin"):
         collect(Wall(), data.folder, train=41, validation=10)
@@ -135,6 +156,11 @@ def test_damaged_data_name_the_file(data, tmp_path):
     shard.unlink()
     with pytest.raises(CorruptFileError, match="missing"):
         broken.load("train")
+    # As the messages say, collecting again puts both right.
+    mended = collect(Wall(), tmp_path, train=3, validation=3)
+    assert len(mended.load("train")) == 3
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert len(collect(Wall(), tmp_path, train=3, validation=3).load("train")) == 3
     with pytest.raises(UsageError, match="no data set"):
         TrajectoryFolder(tmp_path / "nowhere").load("train")
 
@@ -176,6 +202,21 @@ def test_encoding_goes_on_where_it_stopped(data, tmp_path):
     np.testing.assert_array_equal(whole, again)
     with pytest.raises(MismatchError, match="other data"):
         encode_split(model(), split_of(trajectories), half, "train", key={"other": 1})
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_latents_that_are_lost_are_encoded_again(data, tmp_path, left, caplog):
+    split = split_of(data.load("train"))
+    whole = np.array(encode_split(model(), split, tmp_path, "train", key={}))
+    path = tmp_path / "train.f16"
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    with caplog.at_level(logging.WARNING):
+        again = encode_split(model(), split, tmp_path, "train", key={})
+    np.testing.assert_array_equal(whole, again)
+    assert "missing or cut off" in caplog.text
 
 
 @pytest.mark.slow
@@ -267,14 +308,16 @@ def test_further_losses_are_those_of_rollouts_from_the_first_frame(windows, num_
     torch.testing.assert_close(further, expected[2:5], rtol=1e-4, atol=1e-6)
 
 
-def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path, dropout):
     def weights(folder, killed_at=None):
         def report(step, total, figures):
             if step == killed_at:
                 raise KeyboardInterrupt
 
-        world_model = model()
+        world_model = model(predictor=PredictorConfig(1, 2, 8, 32, dropout=dropout))
         initialize(world_model, windows["train"], seed=0)
+        torch.manual_seed(len(str(folder)))  # what else a process draws changes nothing
         train(world_model, windows["train"], windows["validation"], folder, SETTINGS, report=report)
         return {n: p.detach().clone() for n, p in trainable(world_model).items()}
 
@@ -305,6 +348,39 @@ def test_a_run_of_other_settings_is_refused(windows, tmp_path):
     other = TrainingSettings(steps=13, batch_size=8)
     with pytest.raises(MismatchError, match="other settings"):
         train(model(), windows["train"], windows["validation"], tmp_path, other)
+
+
+def test_a_run_from_a_gpu_goes_on_without_one(windows, tmp_path, monkeypatch):
+    """Its tensors come to the CPU first, whatever they were on."""
+    asked = []
+    load = torch.load
+
+    def recorded(path, **options):
+        asked.append(options["map_location"])
+        return load(path, **options)
+
+    train(model(), windows["train"], windows["validation"], tmp_path, SETTINGS)
+    monkeypatch.setattr(torch, "load", recorded)
+    train(model(), windows["train"], windows["validation"], tmp_path, SETTINGS)
+    assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+        ({"validate_every": 0}, "validate_every"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"learning_rate": -1}, "learning_rate must not be negative, got -1"),
+        ({"warmup": -5}, "warmup"),
+        ({"ema": 1}, "ema must be a decay"),
+        ({"clip": 0}, "clip"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        TrainingSettings(**changes)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(windows, tmp_path):

@@ -57,6 +57,11 @@ def run_training(folder, out, encoder="tiny", settings=SETTINGS, **options):
     )
 
 
+def test_too_few_windows_for_a_batch_are_told_before_training(folder):
+    with pytest.raises(UsageError, match=r"fewer than a batch of 4096.*--batch-size"):
+        run_training(folder, "large", settings=replace(SETTINGS, batch_size=4096))
+
+
 def trained(world_model):
     return {name: value.detach().clone() for name, value in trainable(world_model).items()}
 

@@ -183,6 +183,11 @@ def test_a_model_around_the_bundled_encoder_does_not_store_it_again(tmp_path):
     assert (tmp_path / "model/model.safetensors").stat().st_size < 1_000_000
     again = load_world_model(tmp_path / "model")
     assert torch.equal(again.encoder.pos_embed, model.encoder.pos_embed)
+    # In another type it is another encoder, although that one's values are float16's.
+    save_world_model(model.half(), tmp_path / "half")
+    for name, value in load_world_model(tmp_path / "half").state_dict().items():
+        assert value.dtype == model.state_dict()[name].dtype, name
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_damaged_files_are_recognised(tmp_path):

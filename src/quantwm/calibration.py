@@ -35,6 +35,7 @@ from quantwm.planning.mpc import run_episodes
 from quantwm.planning.objective import Objective, as_parts, like
 from quantwm.planning.rollout import ModelCost
 from quantwm.protocols import Episodes, FloatArray, Latent, Planner, Task, WorldModel
+from quantwm.quant.apply import check_is_float
 from quantwm.seeds import episode_seeds, keyed_generator
 
 FORMAT_VERSION = 1
@@ -193,10 +194,12 @@ def calibrate(
         planner, mpc_iterations, device, dtype, memory_budget: as in `evaluate`.
 
     Raises:
-        UsageError: a number out of range, or fewer distinct sequences than `samples`.
+        UsageError: a quantized model, a number out of range, or fewer distinct sequences than
+            `samples`.
         MismatchError: the model was trained in another task.
         MissingStatisticsError: the model carries no action statistics.
     """
+    check_is_float(world_model)
     if samples < 1:
         raise UsageError(f"samples must be at least 1, got {samples}")
     resolved_task = get_task(task) if isinstance(task, str) else task

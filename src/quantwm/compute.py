@@ -59,8 +59,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"unknown device {device!r}: {error}") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {str(device)!r}: quantwm computes on cpu and cuda")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for, but torch sees no CUDA device")
+    count = torch.cuda.device_count() if resolved.type == "cuda" else 1
+    if (resolved.index or 0) >= count:
+        raise UsageError(f"device {str(device)!r} is not there: this machine has {count}")
     return resolved
 
 

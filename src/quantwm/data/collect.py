@@ -12,9 +12,11 @@ import numpy as np
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
 from quantwm.errors import UsageError
 from quantwm.protocols import FloatArray, Layout, Task
-from quantwm.seeds import SeedBlock, episode_seeds
+from quantwm.seeds import MAX_SEED, SeedBlock, episode_seeds
 
 SHARD = 1000
+_SHARDS = 64
+"""Shards of a split that a collection may have, each with an episode seed of its own."""
 DEFAULT_COUNTS = {"train": 12_000, "validation": 500}
 
 
@@ -52,18 +54,26 @@ def collect(
         task: a task with a scripted policy.
         folder: where to; made if it is not there.
         train, validation: trajectories of each split, from disjoint seed blocks.
-        seed: 0 to 65,000; another seed gives other trajectories.
+        seed: 0 to 1,023; another seed gives other trajectories, none of them in common.
         workers: processes that simulate; the data do not depend on how many.
         progress: called with (trajectories done, of how many).
 
     Raises:
-        UsageError: the task has no scripted policy, or a count below 1.
+        UsageError: the task has no scripted policy, a count below 1 or above 64,000 a split, or
+            a seed out of range.
         MismatchError: the folder holds data of another task, policy, seed or size.
     """
     if not isinstance(task, Scripted):
         raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
     if train < 1 or validation < 1:
         raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
+    if max(train, validation) > SHARD * _SHARDS:
+        raise UsageError(
+            f"a seed gives at most {SHARD * _SHARDS} trajectories a split, and {train} and "
+            f"{validation} were asked for: collect further ones with another seed"
+        )
+    if not 0 <= seed < MAX_SEED // _SHARDS:
+        raise UsageError(f"seed must be 0 to {MAX_SEED // _SHARDS - 1}, got {seed}")
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
     store = TrajectoryFolder(folder)
@@ -98,8 +108,9 @@ class _Shard:
 def _shards(split: SeedBlock, count: int, seed: int) -> Iterator[_Shard]:
     for number, first in enumerate(range(0, count, SHARD)):
         size = min(SHARD, count - first)
-        # Each shard takes a seed of its own, so that a block never runs out of episodes.
-        seeds = episode_seeds(split, seed + number, size)
+        # Each shard takes an episode seed of its own: a block never runs out of episodes, and no
+        # two collections share one.
+        seeds = episode_seeds(split, seed * _SHARDS + number, size)
         yield _Shard(f"{split}-{number:04d}-{size}", split, seeds)
 
 

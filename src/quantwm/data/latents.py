@@ -5,6 +5,7 @@ a split and a JSON index. Encoding resumes where it stopped.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from quantwm.data.trajectories import Trajectories
 from quantwm.errors import MismatchError
 from quantwm.files import write_json
 from quantwm.models.dino_wm import DINOWM
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 64
 _CPU_TOKENS = 2048
@@ -92,7 +95,11 @@ def encode_split(
                 "delete it or choose another --cache"
             )
         state = found
-    mode: Literal["r+", "w+"] = "r+" if array_path.is_file() and state["done"] else "w+"
+    whole = int(np.prod(shape)) * np.dtype(np.float16).itemsize
+    if state["done"] and not (array_path.is_file() and array_path.stat().st_size == whole):
+        logger.warning("%s is missing or cut off; its frames are encoded anew", array_path)
+        state["done"] = 0
+    mode: Literal["r+", "w+"] = "r+" if state["done"] else "w+"
     latents = np.memmap(array_path, np.float16, mode=mode, shape=shape)
     if workers is None:
         workers = 0 if world_model.device.type == "cpu" else cores()

@@ -136,12 +136,17 @@ class TrajectoryFolder:
                 )
 
     def has_shard(self, name: str) -> bool:
-        """Whether shard `name` is complete."""
-        return name in self.index()["shards"]
+        """Whether shard `name` is there and as it was written."""
+        entry = self.index()["shards"].get(name)
+        path = self._path(name)
+        return entry is not None and path.is_file() and sha256_file(path) == entry["sha256"]
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def add_shard(self, name: str, split: str, part: Trajectories) -> None:
         """Write one shard and then enter it into the index; each step is atomic."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         tensors = {
             "states": part.states,
             "actions": part.actions,
@@ -170,13 +175,12 @@ class TrajectoryFolder:
         for name, entry in sorted(self.index()["shards"].items()):
             if entry["split"] != split:
                 continue
-            path = self.folder / f"{name}.safetensors"
+            path = self._path(name)
             if not path.is_file():
                 raise CorruptFileError(f"{path} is missing; collect again to write it anew")
             if sha256_file(path) != entry["sha256"]:
                 raise CorruptFileError(
-                    f"{path} does not match its checksum; delete it and "
-                    f"its entry in {self.index_path}, then collect again"
+                    f"{path} does not match its checksum; collect again to write it anew"
                 )
             tensors = load_file(path)
             layout = {

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.checks import is_integer
-from quantwm.envs.arrays import check_actions
+from quantwm.envs.arrays import check_actions, check_states
 from quantwm.envs.wall_policy import POLICY, scripted
 from quantwm.errors import UsageError
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -113,7 +113,12 @@ class Wall:
         return np.array([left, start_y]), np.array([right, goal_y])
 
     def start(self, episodes: Episodes) -> "WallSimulation":
-        """A simulation at the episodes' start states."""
+        """A simulation at the episodes' start states.
+
+        Raises:
+            UsageError: a state of another width, or not finite.
+        """
+        check_states("Wall", episodes.start, 2)
         return WallSimulation(self, episodes.start.copy(), episodes.layout)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:

@@ -1,7 +1,7 @@
 """GPTQ: each column's rounding error is made up for by the columns that are rounded later."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from quantwm.compute import cpu_threads
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.methods.registry import register
 from quantwm.methods.work import Work
+from quantwm.protocols import LinearGroup, WorldModel
 from quantwm.quant.layer_inputs import SecondMoment
 from quantwm.quant.modules import QuantizedWeight
 from quantwm.quant.primitives import (
@@ -22,7 +23,7 @@ from quantwm.quant.primitives import (
     quantize,
     weight_parameters,
 )
-from quantwm.quant.scheme import PerGroup, WeightScheme
+from quantwm.quant.scheme import LayerScheme, PerGroup, WeightScheme
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,20 @@ class GPTQ:
             raise UsageError(
                 f"gptq.block_size must be an integer of at least 1, got {self.block_size!r}"
             )
+
+    def problems(
+        self,
+        world_model: WorldModel,  # noqa: ARG002
+        schemes: Mapping[str, LayerScheme],
+        groups: Sequence[LinearGroup],  # noqa: ARG002
+    ) -> list[str]:
+        """A plan without any weight to round."""
+        if any(scheme.weight is not None for scheme in schemes.values()):
+            return []
+        return [
+            "no layer of the plan has quantized weights, which GPTQ rounds; give some weight bits, "
+            "such as 'w4', or choose another method"
+        ]
 
     @torch.no_grad()
     def codes(self, work: Work, extents: Mapping[str, Range]) -> dict[str, QuantizedWeight]:

@@ -94,8 +94,10 @@ def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = Fa
     """
     state = dict(world_model.state_dict())
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    bundled = world_model.config.encoder == EncoderConfig() and same_tensors(
-        encoder, bundled_encoder_state()
+    bundled = (
+        world_model.config.encoder == EncoderConfig()
+        and all(tensor.dtype == torch.float32 for tensor in encoder.values())
+        and same_tensors(encoder, bundled_encoder_state())
     )
     if half:
         state = {k: v if k.startswith("encoder.") else v.half().float() for k, v in state.items()}

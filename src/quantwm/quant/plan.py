@@ -60,13 +60,24 @@ class QuantPlan:
                 "a plan maps at least one layer pattern to a scheme, such as "
                 f"{{'encoder.*': 'w8a8'}}; got {layers!r}"
             )
+        if not isinstance(method, str) or not method:
+            raise UsageError(f"a plan's method is a name such as 'gptq', got {method!r}")
+        if isinstance(include, Mapping) or not isinstance(include, Iterable):
+            raise UsageError(f"a plan's include is a list of kinds of layers, got {include!r}")
+        named = options is None or (
+            isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
+        )
+        if not named:
+            raise UsageError(
+                f"a plan's options map names to values, as in {{'alpha': 0.5}}; got {options!r}"
+            )
         kinds = {include} if isinstance(include, str) else set(include)
         for kind in kinds:
             if kind not in _OPTIONAL_KINDS:
                 raise unknown_name("kind of layer to include", str(kind), _OPTIONAL_KINDS)
         schemes = {str(pattern): _parse_scheme(pattern, value) for pattern, value in layers.items()}
         object.__setattr__(self, "layers", tuple(sorted(schemes.items(), key=lambda item: item[0])))
-        object.__setattr__(self, "method", str(method))
+        object.__setattr__(self, "method", method)
         object.__setattr__(self, "include", tuple(sorted(kinds)))
         frozen = tuple(
             sorted((name, _freeze(name, value)) for name, value in (options or {}).items())

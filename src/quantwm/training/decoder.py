@@ -48,8 +48,12 @@ class DecoderSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise UsageError("a decoder's steps and batch_size must be at least 1")
+        if self.steps < 1 or self.batch_size < 1 or self.checkpoint_every < 1:
+            raise UsageError(
+                "a decoder's steps, batch_size and checkpoint_every must be at least 1"
+            )
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 class Frames:

@@ -196,6 +196,11 @@ def train_task(
             )
         except ValueError as error:
             raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error
+    if len(windows["train"]) < settings.batch_size:
+        raise UsageError(
+            f"{data} has {len(windows['train'])} windows to train on, fewer than a batch of "
+            f"{settings.batch_size}: collect more trajectories, or give a smaller --batch-size"
+        )
     if init is None:
         initialize(world_model, windows["train"], settings.seed)
     else:

@@ -79,7 +79,7 @@ class TrainingState:
         if not path.is_file():
             return
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             names: dict[str, dict[str, Tensor]] = {k: state[k] for k in ("parameters", "average")}
         except Exception as error:
             raise CorruptFileError(f"{path} cannot be read ({error}); delete it") from error

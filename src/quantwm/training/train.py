@@ -5,16 +5,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from quantwm.checks import is_integer, is_number
 from quantwm.compute import fast_products
 from quantwm.errors import UsageError
 from quantwm.models.dino_wm import DINOWM
+from quantwm.seeds import keyed_generator
 from quantwm.training.batches import Windows
 from quantwm.training.initialization import trainable
 from quantwm.training.loop import Report, Schedule, optimize
 from quantwm.training.loss import validate, window_loss
 from quantwm.training.state import TrainingState
+
+_DROPOUT = 6
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,10 @@ class TrainingSettings:
         ema: decay of the averaged weights that are kept.
         clip: largest gradient norm.
         checkpoint_every, validate_every: steps.
-        seed: of initialisation and shuffling.
+        seed: of initialisation, shuffling and dropout.
+
+    Raises:
+        UsageError: a value out of range.
     """
 
     steps: int = 6000
@@ -53,8 +61,20 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.unroll < 1:
-            raise UsageError("steps, batch_size and unroll must be at least 1")
+        for name in ("steps", "batch_size", "unroll", "checkpoint_every", "validate_every"):
+            if not is_integer(getattr(self, name), 1):
+                raise UsageError(
+                    f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
+                )
+        if not is_integer(self.warmup, 0):
+            raise UsageError(f"warmup must be a number of steps, got {self.warmup!r}")
+        for name in ("learning_rate", "weight_decay"):
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if not is_number(self.clip) or self.clip <= 0:
+            raise UsageError(f"clip must be a norm above 0, got {self.clip!r}")
+        if not is_number(self.ema) or not 0 <= self.ema < 1:
+            raise UsageError(f"ema must be a decay, from 0 to below 1, got {self.ema!r}")
         if not 0 <= self.ramp <= 1:
             raise UsageError(f"ramp must be a share of the steps, 0 to 1, got {self.ramp}")
         if self.proprio_weight is not None and not self.proprio_weight >= 0:
@@ -109,9 +129,15 @@ def train(
     world_model.train()
     batches = windows.shuffled(settings.batch_size, settings.seed, state.step)
 
+    device = world_model.device
+    drawn = [device] if device.type == "cuda" else []
+
     def loss() -> Tensor:
         batch = next(batches)
-        with fast_products(world_model.device):
+        with torch.random.fork_rng(drawn), fast_products(device):
+            # Dropout draws from torch's own generator.
+            key = keyed_generator(settings.seed, _DROPOUT, state.step)
+            torch.manual_seed(int(key.integers(1 << 62)))
             unroll = unroll_at(state.step, settings)
             return window_loss(world_model, batch, unroll, settings.proprio_weight)
 
