@@ -83,7 +83,9 @@ class TestPartsOfACell:
 
     def test_the_next_worker_goes_on_behind_them(self, tmp_path, reference, monkeypatch):
         parts = self.broken_off(tmp_path)
-        assert [str(arm) for arm in study_status(tmp_path).arms if "4 episodes" in arm.note]
+        assert [arm.arm for arm in study_status(tmp_path).arms if "4 episodes" in arm.note] == [
+            "w8"
+        ]
         assert sorted(path.name for path in parts.iterdir()) == ["0.json", "2.json"]
         planned, resumed = self.planned_of_w8(monkeypatch, tmp_path)
         assert planned == 2

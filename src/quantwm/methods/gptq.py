@@ -12,6 +12,7 @@ from quantwm.checks import is_integer, is_number
 from quantwm.compute import cpu_threads
 from quantwm.errors import NonFiniteError, UsageError
 from quantwm.methods.registry import register
+from quantwm.methods.roles import without_weights
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
 from quantwm.quant.layer_inputs import SecondMoment
@@ -87,12 +88,7 @@ class GPTQ:
         groups: Sequence[LinearGroup],  # noqa: ARG002
     ) -> list[str]:
         """A plan without any weight to round."""
-        if any(scheme.weight is not None for scheme in schemes.values()):
-            return []
-        return [
-            "no layer of the plan has quantized weights, which GPTQ rounds; give some weight bits, "
-            "such as 'w4', or choose another method"
-        ]
+        return without_weights(schemes, "round")
 
     @torch.no_grad()
     def codes(self, work: Work, extents: Mapping[str, Range]) -> dict[str, QuantizedWeight]:

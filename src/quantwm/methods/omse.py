@@ -11,6 +11,7 @@ from quantwm.checks import is_integer, is_number
 from quantwm.compute import cpu_threads
 from quantwm.errors import UsageError
 from quantwm.methods.registry import register
+from quantwm.methods.roles import without_weights
 from quantwm.methods.work import Work
 from quantwm.protocols import LinearGroup, WorldModel
 from quantwm.quant.clipping import best_ratios, clip_ratios
@@ -62,12 +63,7 @@ class OMSE:
         groups: Sequence[LinearGroup],  # noqa: ARG002
     ) -> list[str]:
         """A plan without anything to clip."""
-        if any(scheme.weight is not None for scheme in schemes.values()):
-            return []
-        return [
-            "no layer of the plan has quantized weights to clip; give some weight bits, such as "
-            "'w4', or choose another method"
-        ]
+        return without_weights(schemes, "clip")
 
     def extents(
         self,

@@ -44,6 +44,20 @@ class Checked(Protocol):
         ...
 
 
+def without_weights(schemes: Mapping[str, LayerScheme], purpose: str) -> list[str]:
+    """The problem of a part that works on weights with a plan that quantizes none.
+
+    Args:
+        purpose: what the part does to weights, such as "clip".
+    """
+    if any(scheme.weight is not None for scheme in schemes.values()):
+        return []
+    return [
+        f"no layer of the plan has quantized weights to {purpose}; give some weight bits, such as "
+        "'w4', or choose another method"
+    ]
+
+
 @runtime_checkable
 class Transform(Protocol):
     """Changes a float model so that rounding it hurts less; its outputs stay what they were."""
