@@ -60,7 +60,7 @@ def plan_study(
     for arm, cell in prepared.cells.items():
         owner = owners.setdefault(cell.id, arm)
         free = cell.id in stored or owner != arm
-        kept = 0 if free else sum(len(part.rows) for part in folder.load_parts(cell.id))
+        kept = 0 if free else folder.kept_episodes(cell.id)
         left = 1 - kept / cell.episodes
         seconds = 0.0 if free else left * calibrated_seconds(cell, finished, pace)
         shares = owner if owner != arm else None

@@ -100,7 +100,7 @@ def run_study(
     except KeyboardInterrupt as error:
         ids = run.ids
         done = [id for id in ids if folder.cell_path(id).exists()]
-        kept = sum(len(part.rows) for id in ids.difference(done) for part in folder.load_parts(id))
+        kept = sum(folder.kept_episodes(id) for id in ids.difference(done))
         besides = f", and {kept} episodes of others" if kept else ""
         raise StudyInterrupted(
             f"interrupted; {len(done)} of {len(ids)} cells are finished and kept in {out}"

@@ -69,10 +69,10 @@ def _arm(name: str, id: str, results: ResultsFolder, claims: Claims) -> ArmStatu
     finished = results.peek_cell(id)
     if finished is not None:
         return ArmStatus(name, id, "done", seconds=finished.seconds)
-    kept = sum(len(part.rows) for part in results.load_parts(id))
+    kept = results.kept_episodes(id)
 
     def noted(note: str) -> str:
-        return ", ".join([note] * bool(note) + [f"{kept} episodes kept"] * bool(kept))
+        return ", ".join(filter(None, [note, f"{kept} episodes kept" if kept else ""]))
 
     holder = claims.holder(id)
     if holder is not None:

@@ -143,6 +143,10 @@ class ResultsFolder:
                 seen |= episodes
         return parts
 
+    def kept_episodes(self, id: str) -> int:
+        """Episodes that are kept of an unfinished cell."""
+        return sum(len(part.rows) for part in self.load_parts(id))
+
     def count_parts(self) -> int:
         """Parts that are kept of all unfinished cells."""
         return sum(1 for _ in self.path.glob("parts/*/*.json"))
