@@ -332,3 +332,17 @@ def test_a_plan_without_anything_to_do_is_refused_before_computing(plan, message
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         get_method("awq", options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("awq+omse", {"awq.lowest": 0.9}, r"awq\.lowest changes nothing, because another part"),
+        ("awq", {"clip": False, "clip_ratios": 5}, r"clip_ratios changes .* because clip is false"),
+    ],
+    ids=str,
+)
+def test_options_of_its_clipping_are_refused_where_it_does_not_clip(method, options, message):
+    get_method("awq", {"lowest": 0.9, "clip_ratios": 5})
+    with pytest.raises(UsageError, match=message):
+        get_method(method, options)

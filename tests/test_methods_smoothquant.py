@@ -99,12 +99,12 @@ def test_dead_channels_are_left_alone():
 
 
 @pytest.mark.parametrize("concat_dim", [0, 1])
-@pytest.mark.parametrize("alpha", [0.5, 1, "search"])
-def test_the_float_model_computes_what_it_did(concat_dim, alpha):
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 1}, {"alpha": "search", "grid": 4}])
+def test_the_float_model_computes_what_it_did(concat_dim, options):
     model = tiny_model(concat_dim=concat_dim)
     calibration = calibration_of(model)
     before = snapshot(model)
-    changed = transformed(model, smoothing(alpha=alpha, grid=4), calibration)
+    changed = transformed(model, smoothing(**options), calibration)
     assert_unchanged(model, before)
     assert greatest_change(model, changed) < 1e-5
     norms = [g.producer for g in model.quantizable_groups() if g.producer is not None]
@@ -195,12 +195,12 @@ def test_outliers_hurt_less_than_without(scheme):
     "scheme",
     ["w2-w_tensor-w_asymmetric", "w5a3-w_tensor-w_study", "w4g7a8-a_symmetric", "w8a8-token", "a8"],
 )
-@pytest.mark.parametrize("alpha", [0.5, "search"])
-def test_every_scheme_and_kind_of_layer_goes_with_it(scheme, alpha, tmp_path):
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": "search", "grid": 3}])
+def test_every_scheme_and_kind_of_layer_goes_with_it(scheme, options, tmp_path):
     model = outlier_world_model()
     layers = {"*": scheme, "*_input": "a8-token"}
     include = ("attention_matmul", "patch_embedding")
-    plan = QuantPlan(layers, "smoothquant", include=include, options={"alpha": alpha, "grid": 3})
+    plan = QuantPlan(layers, "smoothquant", include=include, options=options)
     before = snapshot(model)
     small = quantize(model, plan, TinyCalibration.of(model))
     assert_unchanged(model, before)
@@ -243,3 +243,9 @@ def test_a_plan_without_anything_to_smooth_is_refused_before_computing():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         get_method("smoothquant", options)
+
+
+def test_steps_of_a_search_that_is_not_made_are_refused():
+    get_method("smoothquant", {"alpha": "search", "grid": 7})
+    with pytest.raises(UsageError, match=r"smoothquant\.grid changes nothing, because alpha is"):
+        get_method("smoothquant", {"alpha": 0.7, "grid": 7})

@@ -96,6 +96,13 @@ class AWQ:
         """Of clipping, largest first."""
         return clip_ratios(self.clip_ratios, self.lowest)
 
+    def idle_options(self, clipping: Clipping) -> dict[str, str]:
+        """Those of its clipping where it does not clip."""
+        if self.clip and isinstance(clipping, AWQ):
+            return {}
+        reason = "another part clips" if self.clip else "clip is false"
+        return dict.fromkeys(("clip_ratios", "lowest"), reason)
+
     def problems(
         self,
         world_model: WorldModel,  # noqa: ARG002

@@ -19,6 +19,7 @@ from quantwm.methods.roles import (
     InputRange,
     Part,
     Rounding,
+    Selective,
     Transform,
 )
 from quantwm.methods.rtn import RTN
@@ -48,7 +49,7 @@ class Recipe:
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
-        problems = list(_misfits(self.parts))
+        problems = [*_misfits(self.parts), *self._idle()]
         if problems:
             written = "+".join(part.name for part in self.parts)
             raise UsageError(f"the method {written!r} makes no sense: {'; '.join(problems)}")
@@ -108,6 +109,14 @@ class Recipe:
         for transform in self._transforms:
             transform.transform(work, self._clipping)
             step()
+
+    def _idle(self) -> Iterator[str]:
+        """Options that were set and change nothing; a default cannot be told from nothing said."""
+        for part in self.parts:
+            idle = part.idle_options(self._clipping) if isinstance(part, Selective) else {}
+            for option, reason in idle.items():
+                if getattr(part, option) != getattr(type(part), option):
+                    yield f"{part.name}.{option} changes nothing, because {reason}; leave it out"
 
     def _learn(self, learner: BlockLearning, work: Work, step: Callable[[], None]) -> None:
         for block, layers in work.blocks.items():

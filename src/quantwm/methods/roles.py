@@ -44,6 +44,19 @@ class Checked(Protocol):
         ...
 
 
+@runtime_checkable
+class Selective(Protocol):
+    """A part that does not read all of its options in every method."""
+
+    def idle_options(self, clipping: "Clipping") -> dict[str, str]:
+        """Options that change nothing, each with the reason.
+
+        Args:
+            clipping: the part that clips in the method.
+        """
+        ...
+
+
 def without_weights(schemes: Mapping[str, LayerScheme], purpose: str) -> list[str]:
     """The problem of a part that works on weights with a plan that quantizes none.
 

@@ -79,6 +79,10 @@ class SmoothQuant:
             return tuple(step / self.grid for step in range(self.grid + 1))
         return (float(self.alpha),)
 
+    def idle_options(self, clipping: Clipping) -> dict[str, str]:  # noqa: ARG002
+        """The search's steps where nothing is searched."""
+        return {} if self.alpha == SEARCH else {"grid": f"alpha is not {SEARCH!r}"}
+
     def problems(
         self,
         world_model: WorldModel,  # noqa: ARG002
