@@ -89,6 +89,13 @@ def test_every_command_has_help_with_an_example():
         ),
         (["info", "--sheet", "x.png"], "name a model's or data set's folder"),
         (["info", "nowhere"], "neither a bundled model"),
+        (["info", "wall", "--sheet", "frames"], "must end in .png"),
+        (["info", ".", "--task", "wall"], "--task is about a model, and . is none"),
+        (
+            ["train", "wall", "--data", "x", "--out", "y", "--decoder-steps", "5"],
+            "name its kind, --decoder vqvae",
+        ),
+        (["collect", "wall", "--out", "x", "--setting", "door_y"], "such as shape=L"),
     ],
 )
 def test_bad_usage_exits_two_and_says_what_would_be_right(arguments, says, tmp_path, monkeypatch):
@@ -245,6 +252,21 @@ def test_quantize_looks_at_its_target_before_it_computes(tmp_path, monkeypatch):
     result = run("quantize", "wall", "--plan", "w4", "--out", tmp_path)
     assert result.exit_code == 2
     assert "mine.txt" in result.output
+
+
+def test_a_tasks_settings_are_collected_and_trained_with(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    command = ["collect", "wall", "--out", data, "--train", 2, "--validation", 1]
+    assert run(*command, "--setting", "door_y=20").exit_code == 0
+    facts = json.loads(run("info", data, "--json").stdout)
+    assert facts["task"]["door_y"] == 20
+    seen = []
+    monkeypatch.setattr(
+        "quantwm.training.pipeline.train_task", lambda task, *_, **__: seen.append(task.settings())
+    )
+    result = run("train", "wall", "--data", data, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert seen == [facts["task"]]
 
 
 def test_collect_and_info_show_the_data(tmp_path):

@@ -16,6 +16,7 @@ import yaml
 
 import quantwm as qwm
 from checkpoint_support import parts, saved, settings, write_folder
+from quantwm.data.collect import collect
 from quantwm.data.dino_wm_layout import PUSHT_STATISTICS
 from quantwm.data.sources import open_data
 from quantwm.data.statistics import Statistics
@@ -284,6 +285,15 @@ def test_pusht_has_the_public_codes_constants_and_a_run_without_normalisation_no
     assert pusht.action_spec.mean == PUSHT_STATISTICS.action_mean
     plain = qwm.load(tiny(tmp_path / "plain", env__dataset__normalize_action=False))
     assert (plain.action_spec.mean, plain.action_spec.std) == ((0.0, 0.0), (1.0, 1.0))
+
+
+def test_a_data_set_of_other_statistics_than_the_runs_is_refused(tmp_path):
+    plain = tiny(tmp_path / "plain", env__dataset__normalize_action=False)
+    with pytest.raises(MismatchError, match="leave data out"):
+        qwm.load(plain, data=write_wall(tmp_path / "data"))
+    collect(Wall(), tmp_path / "own", train=2, validation=1)
+    with pytest.raises(MismatchError, match="a data set of DINO-WM"):
+        qwm.load(tiny(tmp_path / "run"), data=tmp_path / "own")
 
 
 def test_another_tasks_widths_are_refused(tmp_path):

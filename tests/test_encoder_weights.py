@@ -290,7 +290,7 @@ def test_training_with_another_encoder_from_a_cache_to_a_stored_model(caches, ti
     with pytest.raises(MismatchError, match="another encoder"):
         train_task(**run, out=caches / "other", encoder="dinov2_vitb14", device="cpu")
     run["cache"] = caches / "other-latents"
-    with pytest.raises(MismatchError, match="other settings or another model"):
+    with pytest.raises(MismatchError, match="other settings, another model"):
         train_task(**run, out=caches / "run", encoder="dinov2_vitb14", device="cpu")
 
 

@@ -97,8 +97,17 @@ def test_bad_input_is_refused():
     with pytest.raises(UsageError, match="width 4, got 2"):
         task.rollout(states[:, :2], {}, np.zeros((2, 5, 2)))
     states[1, 0] = 4.5
+    free = task.episodes(SEEDS[:2]).start
     with pytest.raises(UsageError, match=r"episode 1 starts at \[4.5"):
-        task.start(Episodes(np.arange(2), states, states, {}))
+        task.start(Episodes(np.arange(2), states, free, {}))
+    with pytest.raises(UsageError, match=r"episode 1 has its goal at \[4.5"):
+        task.start(Episodes(np.arange(2), free, states, {}))
+    for wall in ([0.05, 0.05], [3.5, 3.5], [1.8, 1.0], [0.2, 1.0]):
+        states[1, :2] = wall
+        with pytest.raises(UsageError, match=r"between 0\.3 and 3\.3, and episode 1"):
+            task.start(Episodes(np.arange(2), states, free, {}))
+    with pytest.raises(UsageError, match="finite"):
+        task.observe(np.full((1, 1, 4), np.nan), {})
     with pytest.raises(UsageError, match="did you mean 'drawn'"):
         get_task("point_maze", renderer="draw")
 

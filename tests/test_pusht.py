@@ -123,6 +123,11 @@ def test_bad_input_is_refused():
     states[1, 2] = 700
     with pytest.raises(UsageError, match=r"episode 1 starts at .*700"):
         task.start(Episodes(np.arange(2), states, states, {}))
+    free = task.episodes(SEEDS[:2]).start
+    with pytest.raises(UsageError, match=r"episode 1 has its goal at .*700"):
+        task.start(Episodes(np.arange(2), free, states, {}))
+    with pytest.raises(UsageError, match="width 7, got 5"):
+        task.observe(states[:, None, :5], {})
     states[1, 2] = np.nan
     with pytest.raises(UsageError, match="finite"):
         task.start(Episodes(np.arange(2), states, states, {}))

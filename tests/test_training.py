@@ -2,6 +2,9 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,13 +13,13 @@ import pytest
 import torch
 
 from quantwm import compute
-from quantwm.data.collect import _shards, collect
+from quantwm.data.collect import _Shard, _shards, _simulated, collect
 from quantwm.data.drawing import drawn
 from quantwm.data.latents import FrameIndex, encode_split
 from quantwm.data.sources import Rendered, Split
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
 from quantwm.envs import Wall, get_task
-from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
+from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, QuantWMError, UsageError
 from quantwm.models.config import DecoderConfig, DINOWMConfig, EncoderConfig, PredictorConfig
 from quantwm.models.dino_wm import DINOWM
 from quantwm.training import batches
@@ -114,6 +117,46 @@ def test_parallel_processes_write_the_same_data(data, tmp_path):
         np.testing.assert_array_equal(parallel.load(split).states, data.load(split).states)
     with pytest.raises(UsageError, match="workers must be at least 1"):
         collect(Wall(), tmp_path, train=40, validation=10, workers=0)
+
+
+class Slow:
+    """Leaves a file for each seed that it simulates, a while after it began."""
+
+    name, policy, trajectory_steps = "slow", "slow", 1
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def settings(self):
+        return {"name": self.name}
+
+    def scripted(self, seeds, steps):
+        if seeds[0] < 0:
+            os._exit(1)
+        time.sleep(0.3)
+        (self.folder / str(seeds[0])).touch()
+        return np.zeros((1, steps + 1, 2)), np.zeros((1, steps, 2))
+
+    def sample_layout(self, seeds):
+        return {}
+
+
+def shards(*seeds):
+    return [_Shard(str(seed), "train", [seed]) for seed in seeds]
+
+
+def test_who_stops_a_parallel_collection_does_not_wait_for_all_of_it(tmp_path):
+    simulated = _simulated(Slow(tmp_path), shards(*range(20)), workers=2)
+    next(simulated)
+    simulated.close()
+    for process in multiprocessing.active_children():
+        process.join()
+    assert len(list(tmp_path.iterdir())) < 10
+
+
+def test_a_process_that_dies_while_it_simulates_is_told(tmp_path):
+    with pytest.raises(QuantWMError, match=r"died, .* with fewer workers"):
+        list(_simulated(Slow(tmp_path), shards(0, -1), workers=2))
 
 
 def test_splits_share_no_seed(data):

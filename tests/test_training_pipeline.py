@@ -1,5 +1,6 @@
 """Training as a whole, from a data folder to a stored model, around a tiny encoder."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -76,9 +77,12 @@ def test_training_goes_on_from_a_model(folder):
     assert not torch.equal(moved.predictor.norm.weight, first.predictor.norm.weight)
     again = run_training(folder, "moved", init=first)  # resumes a finished run
     assert_same(trained(again), trained(moved))
-    with pytest.raises(MismatchError, match="other settings or another model"):
+    with pytest.raises(MismatchError, match="other settings, another model"):
         run_training(folder, "moved", init=moved)
-    with pytest.raises(MismatchError, match="other settings or another model"):
+    collect(Wall(), folder / "others/data", train=9, validation=4)
+    with pytest.raises(MismatchError, match="or other data"):
+        run_training(folder / "others", "../moved", init=first)
+    with pytest.raises(MismatchError, match="other settings, another model"):
         run_training(folder, "run", init=first)
 
 
@@ -125,3 +129,16 @@ def test_the_ramp_grows_to_the_whole_unroll():
     assert found == sorted(found)
     assert [found.count(n) for n in (1, 2, 3, 4)] == [20, 20, 20, 40]
     assert {unroll_at(step, replace(settings, ramp=0.0)) for step in range(100)} == {4}
+
+
+@pytest.mark.parametrize(
+    "change", [{"pixel_mean": (0.485, 0.456, 0.406)}, {"position_offset": 0.0}, {"frame_size": 98}]
+)
+def test_latents_are_of_all_that_an_encoder_sees_through(folder, change):
+    config = load(folder / "run/model").config
+    data = pipeline.open_data(folder / "data", Wall())
+    key, other = (
+        pipeline.latents_key(data, "x", one) for one in (config, replace(config, **change))
+    )
+    assert other != key
+    assert json.loads(json.dumps(other)) == other

@@ -1,5 +1,7 @@
 """Wall beyond its recorded fixtures: layouts, independence, bad input, rendering."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,16 @@ def test_bad_actions_are_refused(actions, message):
     episodes = Wall().episodes(SEEDS[:1])
     with pytest.raises(UsageError, match=message):
         Wall().step(episodes.start, episodes.layout, actions)
+
+
+@pytest.mark.parametrize("place", [(700.0, -40.0), (32.0, 50.0)], ids=["off", "in the wall"])
+def test_starts_and_goals_off_the_board_or_in_the_wall_are_refused(place):
+    episodes = Wall().episodes(SEEDS[:2])
+    states = episodes.start.copy()
+    states[1] = place
+    for wrong, message in ({"start": states}, "starts"), ({"goal": states}, "has its goal"):
+        with pytest.raises(UsageError, match=f"outside of the wall, and episode 1 {message} at"):
+            Wall().start(replace(episodes, **wrong))
 
 
 def test_frames_and_proprio_have_the_declared_shape():

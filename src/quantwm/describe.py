@@ -14,6 +14,7 @@ from quantwm.data.sources import DataSet, open_data, stored_task
 from quantwm.data.trajectories import Trajectories
 from quantwm.envs import TASKS
 from quantwm.errors import UsageError
+from quantwm.files import atomic_path
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
 from quantwm.methods import method_names
@@ -63,6 +64,8 @@ def describe(source: str, task: str | None = None) -> dict[str, Any]:
     path = Path(source)
     if source in bundled_names() or stored_format(path) is not None:
         return _describe_model(source, task)
+    if task is not None and path.exists():
+        raise UsageError(f"--task is about a model, and {source} is none: leave it out")
     if stored_task(path) is not None:
         return _describe_data(path)
     if path.is_dir() and ResultsFolder(path).read_config() is not None:
@@ -79,8 +82,11 @@ def contact_sheet(source: str, path: Path) -> None:
     """Write a PNG of frames of a data set: a trajectory a row, evenly spaced in time.
 
     Raises:
-        UsageError: `source` is no data set's folder.
+        UsageError: `source` is no data set's folder, or the file's name does not end in .png.
+        QuantWMError: the file cannot be written.
     """
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"a contact sheet is a PNG: {path} must end in .png")
     split = _open(Path(source))[1].splits["train"]
     lengths = split.trajectories.lengths
     chosen = np.linspace(0, len(lengths) - 1, _SHEET_ROWS).astype(np.int64)
@@ -91,8 +97,8 @@ def contact_sheet(source: str, path: Path) -> None:
         for column, frame in enumerate(frames):
             thumbnail = Image.fromarray(frame).resize((_THUMBNAIL, _THUMBNAIL))
             sheet.paste(thumbnail, (column * _THUMBNAIL, row * _THUMBNAIL))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _describe_model(source: str, task: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from quantwm import storage
 from quantwm.compute import resolve_device, resolve_dtype
-from quantwm.data.dino_wm_layout import PUSHT_STATISTICS
+from quantwm.data.dino_wm_layout import PUSHT_STATISTICS, task_of
 from quantwm.data.sources import SPLITS, open_data, stored_task
 from quantwm.data.statistics import Statistics
 from quantwm.envs import get_task
@@ -52,7 +52,8 @@ def load(
         UsageError: neither a bundled model's name nor a model's folder, or statistics for a model
             that has its own.
         CorruptFileError: a file is damaged.
-        MismatchError: the model or the data set is another task's.
+        MismatchError: the model or the data set is another task's, or the data set has other
+            statistics than the model is known to have been trained with.
     """
     folder = _folder_of(source)
     if data is not None and stats is not None:
@@ -75,7 +76,18 @@ def load(
     if data is not None or stats is not None:
         if world_model.action_spec.mean is not None:
             raise UsageError(f"{source} carries statistics of its own: leave data and stats out")
-        statistics = _given_statistics(world_model.config.task, data, stats, rollouts)
+        given = _given_statistics(world_model.config.task, data, stats, rollouts)
+        if data is not None and statistics not in (None, given):
+            raise MismatchError(
+                f"{source} was trained with the statistics {statistics}, {data} has others: leave "
+                "data out, or give a statistics file if you know better"
+            )
+        if kind == "dino_wm" and data is not None and task_of(Path(data)) is None:
+            raise MismatchError(
+                f"{source} was trained on a data set of DINO-WM, {data} is none: give that one, or "
+                "a statistics file"
+            )
+        statistics = given
     if statistics is not None:
         _set_statistics(world_model, statistics)
     resolved = resolve_device(device)

@@ -37,9 +37,9 @@ def info(
                 )
             facts = describe_installation()
         else:
-            facts = describe(source, task)
             if sheet is not None:
                 contact_sheet(source, sheet)
+            facts = describe(source, task)
         if as_json:
             print_json(facts)
         else:

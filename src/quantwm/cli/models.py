@@ -7,7 +7,13 @@ from typing import Annotated
 import typer
 
 from quantwm.cli.app import Device, Json, ModelName, TaskName, app
-from quantwm.cli.plans import calibration_for, check_calibrates, method_options, plan_of
+from quantwm.cli.plans import (
+    calibration_for,
+    check_calibrates,
+    method_options,
+    plan_of,
+    settings_of,
+)
 from quantwm.console import bars, counter, err, exit_codes, out, print_json
 
 
@@ -21,6 +27,10 @@ def collect(
     workers: Annotated[
         int | None, typer.Option(help="Processes that simulate; default: one a core.")
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="The task's own, NAME=VALUE, such as shape=L; may be repeated."),
+    ] = None,
 ) -> None:
     """Collect trajectories with the task's scripted policy. Run again to continue."""
     with exit_codes("Complete shards are kept: run the same command to go on."):
@@ -29,7 +39,7 @@ def collect(
 
         with bars() as progress:
             store = collect_trajectories(
-                get_task(task),
+                get_task(task, **settings_of("a task's setting", "shape=L", setting or [])),
                 out_folder,
                 train=train,
                 validation=validation,
@@ -77,14 +87,19 @@ def train(
     decoder: Annotated[
         str | None, typer.Option(help="Train a decoder of pictures as well: vqvae.")
     ] = None,
-    decoder_steps: Annotated[int, typer.Option(help="Optimiser steps of the decoder.")] = 2000,
+    decoder_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of the decoder; default 2000.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation and shuffling.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Train a world model's predictor. Run again to continue after an interruption."""
     with exit_codes("The last checkpoint is kept: run the same command to go on."):
+        from quantwm.data.sources import stored_task
         from quantwm.envs import get_task
+        from quantwm.errors import UsageError
         from quantwm.loading import load
+        from quantwm.study.prepare import build_task
         from quantwm.training.decoder import DecoderSettings
         from quantwm.training.pipeline import MODEL_FOLDER, train_task
         from quantwm.training.train import TrainingSettings
@@ -97,6 +112,11 @@ def train(
             ramp=ramp,
             proprio_weight=proprio_weight,
             seed=seed,
+        )
+        if decoder is None and decoder_steps is not None:
+            raise UsageError("--decoder-steps is about a decoder: name its kind, --decoder vqvae")
+        drawing_settings = DecoderSettings(
+            steps=2000 if decoder_steps is None else decoder_steps, seed=seed
         )
         with bars() as progress:
             bar = progress.add_task("train", total=steps, note="", start=False)
@@ -118,14 +138,17 @@ def train(
                         highlight=False,
                     )
 
-            drawing = progress.add_task("decoder", total=decoder_steps, note="", visible=False)
+            drawing = progress.add_task(
+                "decoder", total=drawing_settings.steps, note="", visible=False
+            )
 
             def drawn(step: int, total: int, figures: dict[str, float]) -> None:
                 note = f"loss {figures['loss']:.4f}"
                 progress.update(drawing, completed=step, total=total, note=note, visible=True)
 
+            stored = stored_task(data) or {}
             train_task(
-                get_task(task),
+                build_task(stored) if stored.get("name") == task else get_task(task),
                 data,
                 out_folder,
                 cache or out_folder / "latents",
@@ -135,7 +158,7 @@ def train(
                 encoder=encoder,
                 download=download,
                 decoder=decoder,
-                decoder_settings=DecoderSettings(steps=decoder_steps, seed=seed),
+                decoder_settings=drawing_settings,
                 device=device,
                 downloading=fetched,
                 encoding=counter(progress, "encode frames"),

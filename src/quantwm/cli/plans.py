@@ -37,7 +37,15 @@ def plan_of(
 
 
 def method_options(texts: Iterable[str]) -> dict[str, Any]:
-    """The settings of repeated `--option` options, NAME=VALUE each.
+    """The settings of repeated `--option` options, see `settings_of`."""
+    return settings_of("a method's option", "alpha=0.5", texts)
+
+
+def settings_of(what: str, example: str, texts: Iterable[str]) -> dict[str, Any]:
+    """The values of a repeated option, NAME=VALUE each.
+
+    Args:
+        what, example: for the message.
 
     Raises:
         UsageError: one is written otherwise.
@@ -49,7 +57,7 @@ def method_options(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise UsageError(f"a method's option is NAME=VALUE, such as alpha=0.5; got {text!r}")
+            raise UsageError(f"{what} is NAME=VALUE, such as {example}; got {text!r}")
         options[name.strip()] = parsed(value, text)
     return options
 

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from quantwm.data.trajectories import Trajectories, TrajectoryFolder
-from quantwm.errors import UsageError
+from quantwm.errors import QuantWMError, UsageError
 from quantwm.protocols import FloatArray, Layout, Task
 from quantwm.seeds import MAX_SEED, SeedBlock, episode_seeds
 
@@ -62,6 +63,7 @@ def collect(
         UsageError: the task has no scripted policy, a count below 1 or above 64,000 a split, or
             a seed out of range.
         MismatchError: the folder holds data of another task, policy, seed or size.
+        QuantWMError: a process died.
     """
     if not isinstance(task, Scripted):
         raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
@@ -121,12 +123,21 @@ def _simulated(task: Scripted, shards: list[_Shard], workers: int) -> Iterator[T
         return
     # Spawned, not forked: a fork of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=context) as pool:
-        try:
-            futures = [pool.submit(_simulate, task, shard.seeds) for shard in shards]
-            yield from (future.result() for future in futures)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context)
+    futures = [pool.submit(_simulate, task, shard.seeds) for shard in shards]
+    try:
+        yield from (future.result() for future in futures)
+    except BrokenProcessPool as error:
+        raise QuantWMError(
+            "a process that simulates died, perhaps for want of memory; complete shards are kept: "
+            "run the same command to go on, with fewer workers"
+        ) from error
+    finally:
+        # A caller who has given up does not wait. Neither does `with` serve, which waits for every
+        # shard, nor `cancel_futures`, which does nothing once nobody holds the pool.
+        for future in futures:
+            future.cancel()
+        pool.shutdown(wait=False)
 
 
 def _simulate(task: Scripted, seeds: list[int]) -> Trajectories:

@@ -48,7 +48,10 @@ def drawn(frames: Frames, calls: Sequence[Where], workers: int) -> Iterator[Pict
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_draw, call) for call in islice(coming, 1))
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Not `cancel_futures`, which does nothing once nobody holds the pool.
+        for future in waiting:
+            future.cancel()
+        pool.shutdown(wait=False)
 
 
 def _begin(frames: Frames) -> None:

@@ -1,9 +1,11 @@
 """Refusing states and actions that a simulator would take silently."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from quantwm.errors import UsageError
-from quantwm.protocols import FloatArray
+from quantwm.protocols import BoolArray, Episodes, FloatArray
 
 
 def check_actions(task: str, actions: FloatArray, width: int) -> None:
@@ -16,22 +18,35 @@ def check_states(task: str, states: FloatArray, width: int) -> None:
     _check(f"{task} states", states, width)
 
 
-def check_places(task: str, places: FloatArray, low: float, high: float, unit: str) -> None:
-    """Refuse episodes that start outside of a board.
+def check_episodes(
+    task: str,
+    episodes: Episodes,
+    width: int,
+    is_free: Callable[[FloatArray], BoolArray],
+    places: str,
+) -> None:
+    """Refuse episodes whose starts or goals are no states of the task.
 
     Args:
         task: for the message.
-        places: coordinates (B, P) that must lie within the board.
-        low, high: the board, the same in every coordinate.
-        unit: of the coordinates.
+        episodes: of starts and goals (B, width).
+        width: of a state.
+        is_free: which of the states (B, width) are at places where something can be.
+        places: where those are, in words.
     """
-    outside = ((places < low) | (places > high)).any(axis=1)
-    if outside.any():
-        first = int(np.flatnonzero(outside)[0])
-        raise UsageError(
-            f"{task}'s places are {low:g} to {high:g}{unit}, and episode {first} starts at "
-            f"{places[first].round(3).tolist()}"
-        )
+    for states, what in ((episodes.start, "starts"), (episodes.goal, "has its goal")):
+        check_states(task, states, width)
+        wrong = np.flatnonzero(~is_free(states))
+        if len(wrong):
+            raise UsageError(
+                f"{task}'s places are {places}, and episode {wrong[0]} {what} at "
+                f"{states[wrong[0]].round(3).tolist()}"
+            )
+
+
+def within(places: FloatArray, low: float, high: float) -> BoolArray:
+    """Which places (B, P) have all coordinates from `low` to `high`."""
+    return np.asarray(((places >= low) & (places <= high)).all(axis=1))
 
 
 def _check(what: str, values: FloatArray, width: int) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from quantwm.envs import point_maze_view
-from quantwm.envs.arrays import check_actions, check_places, check_states
-from quantwm.envs.point_maze_physics import step
+from quantwm.envs.arrays import check_actions, check_episodes, check_states
+from quantwm.envs.point_maze_physics import is_free, step
 from quantwm.envs.point_maze_policy import POLICY, scripted
 from quantwm.errors import unknown_name
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -27,7 +27,6 @@ SUCCESS_DISTANCE = 0.5
 STATE_DIM = 4
 """Position x, y; velocity x, y."""
 _START_SPEED = 5.2262554
-_BOARD = (0.0, 3.6)
 Renderer = Literal["drawn", "mujoco"]
 
 
@@ -90,10 +89,10 @@ class PointMaze:
         """A simulation at the episodes' start states.
 
         Raises:
-            UsageError: a state of another width, not finite, or outside of the maze.
+            UsageError: a start or goal of another width, not finite, or in or behind a wall.
         """
-        check_states("PointMaze", episodes.start, STATE_DIM)
-        check_places("PointMaze", episodes.start[:, :2], *_BOARD, "")
+        places = "the corridors between 0.3 and 3.3"
+        check_episodes("PointMaze", episodes, STATE_DIM, is_free, places)
         return PointMazeSimulation(self, episodes.start.copy())
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
@@ -112,8 +111,13 @@ class PointMaze:
         return visited
 
     def observe(self, states: FloatArray, layout: Layout) -> Observation:
-        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 4) of states (B, T, 4)."""
+        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 4) of states (B, T, 4).
+
+        Raises:
+            UsageError: states of another width, or not finite.
+        """
         del layout
+        check_states("PointMaze", states, STATE_DIM)
         draw = point_maze_view.draw if self.renderer == "drawn" else point_maze_view.render
         frames = draw(states.reshape(-1, STATE_DIM))
         visual = frames.reshape(*states.shape[:2], *frames.shape[1:])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantwm.errors import MissingExtraError
-from quantwm.protocols import FloatArray
+from quantwm.protocols import BoolArray, FloatArray
 
 U_MAZE = ("#####", "#OOO#", "###O#", "#OOO#", "#####")
 """Cell (i, j) is row i, column j, '#' a wall; its centre is at x = i + 1, y = j + 1."""
@@ -33,6 +33,14 @@ def walls() -> FloatArray:
     """World x, y of the centres of all wall boxes, (n, 2)."""
     cells = [(i, j) for i, row in enumerate(U_MAZE) for j, cell in enumerate(row) if cell == "#"]
     return np.asarray(cells, np.float64) + 1.0
+
+
+def is_free(states: FloatArray) -> BoolArray:
+    """Which states (B, 4) are in a corridor."""
+    maze = np.array([list(row) for row in U_MAZE])
+    row, column = np.floor(states[:, :2] + ORIGIN - HALF_CELL).astype(np.int64).T
+    inside = (row >= 0) & (row < len(maze)) & (column >= 0) & (column < maze.shape[1])
+    return np.asarray(inside & (maze[np.where(inside, row, 0), np.where(inside, column, 0)] == "O"))
 
 
 def step(states: FloatArray, actions: FloatArray) -> FloatArray:

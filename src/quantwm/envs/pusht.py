@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from quantwm.envs.arrays import check_actions, check_places, check_states
+from quantwm.envs.arrays import check_actions, check_episodes, check_states, within
 from quantwm.envs.pusht_physics import AGENT_RADIUS, BLOCKS, STATE_DIM, WINDOW, PushTWorld
 from quantwm.envs.pusht_policy import POLICY, scripted
 from quantwm.envs.pusht_view import draw
@@ -110,11 +110,15 @@ class PushT:
         """A simulation at the episodes' start states, one physics step later.
 
         Raises:
-            UsageError: a state of another width, not finite, or off the table.
+            UsageError: a start or goal of another width, not finite, or off the table.
         """
-        check_states("PushT", episodes.start, STATE_DIM)
         low, high = -AGENT_RADIUS, WINDOW + AGENT_RADIUS
-        check_places("PushT", episodes.start[:, :4], low, high, " pixels")
+
+        def on_table(states: FloatArray) -> BoolArray:
+            return within(states[:, :4], low, high)
+
+        places = f"{low:g} to {high:g} pixels"
+        check_episodes("PushT", episodes, STATE_DIM, on_table, places)
         return PushTSimulation(self.shape, episodes.start)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
@@ -130,8 +134,13 @@ class PushT:
         return visited
 
     def observe(self, states: FloatArray, layout: Layout) -> Observation:
-        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 4) of states (B, T, 7)."""
+        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 4) of states (B, T, 7).
+
+        Raises:
+            UsageError: states of another width, or not finite.
+        """
         del layout
+        check_states("PushT", states, STATE_DIM)
         frames = draw(states.reshape(-1, STATE_DIM), self.shape)
         visual = frames.reshape(*states.shape[:2], *frames.shape[1:])
         return {"visual": visual, "proprio": self.proprio(states)}

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.checks import is_integer
-from quantwm.envs.arrays import check_actions, check_states
+from quantwm.envs.arrays import check_actions, check_episodes, within
 from quantwm.envs.wall_policy import POLICY, scripted
 from quantwm.errors import UsageError
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -116,9 +116,19 @@ class Wall:
         """A simulation at the episodes' start states.
 
         Raises:
-            UsageError: a state of another width, or not finite.
+            UsageError: a start or goal of another width, not finite, off the board or in the wall.
         """
-        check_states("Wall", episodes.start, 2)
+        wall_x, door_y = (np.asarray(episodes.layout[name]) for name in ("wall_x", "door_y"))
+
+        def is_free(states: FloatArray) -> BoolArray:
+            x, y = states.T
+            closed = (np.abs(x - wall_x) < WALL_WIDTH // 2) & (
+                np.abs(y - door_y) > DOOR_HALF_HEIGHT
+            )
+            return np.asarray(within(states, _LOW, _HIGH) & ~closed)
+
+        places = f"{_LOW:g} to {_HIGH:g} pixels outside of the wall"
+        check_episodes("Wall", episodes, 2, is_free, places)
         return WallSimulation(self, episodes.start.copy(), episodes.layout)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:

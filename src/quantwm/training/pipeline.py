@@ -1,7 +1,7 @@
 """From a trajectory folder to a world model that plans: statistics, latents, training, export."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
+_SEEN_THROUGH = ("token_pool", "frame_size", "pixel_mean", "pixel_std", "position_offset")
+"""Options of `DINOWMConfig`, beside the image's size, that latents depend on."""
 DECODER_SIZES: dict[str, dict[str, Any]] = {
     "compact": {"channel": 128, "n_res_block": 2, "n_res_channel": 32},
     "paper": {},
@@ -115,8 +117,13 @@ def latents_key(data: DataSet, encoder: str, config: DINOWMConfig) -> dict[str, 
     Args:
         encoder: SHA-256 of its weights.
     """
-    pooled = {} if config.token_pool == 1 else {"token_pool": config.token_pool}
-    return {**data.key, "encoder": encoder, "image_size": config.image_size, **pooled}
+    usual = {field.name: field.default for field in fields(config)}
+    chosen = {name: getattr(config, name) for name in _SEEN_THROUGH}
+    # What is as usual is left out, so that a cache outlives the options that come later.
+    changed = {name: value for name, value in chosen.items() if value != usual[name]}
+    # As JSON gives it back.
+    own = {n: list(v) if isinstance(v, tuple) else v for n, v in changed.items()}
+    return {**data.key, "encoder": encoder, "image_size": config.image_size, **own}
 
 
 def train_task(
@@ -213,6 +220,7 @@ def train_task(
         settings,
         encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
         init=None if init is None else model_hash(init),
+        data=data_set.key,
         report=report,
     )
     if decoder is not None:

@@ -85,7 +85,7 @@ class TrainingState:
             raise CorruptFileError(f"{path} cannot be read ({error}); delete it") from error
         if state["identity"] != identity:
             raise MismatchError(
-                f"{folder} holds a training run of other settings or another model; "
+                f"{folder} holds a training run of other settings, another model or other data; "
                 "choose another --out, or delete it to start anew"
             )
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Training the predictor: resumable, bit-reproducible from its step number."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def train(
     *,
     encoder: str | None = None,
     init: str | None = None,
+    data: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> DINOWM:
     """Train predictor and embeddings; the encoder is left alone.
@@ -101,13 +103,14 @@ def train(
         encoder: checksum of an encoder that is not the package's; a run goes on only with the
             encoder that it began with.
         init: hash of the model that the run goes on from, if it does.
+        data: says which data these are, JSON values; a run goes on only with these.
         report: progress.
 
     Returns:
         the model with the averaged weights, in evaluation mode.
 
     Raises:
-        MismatchError: the folder holds a run of other settings or another model.
+        MismatchError: the folder holds a run of other settings, another model or other data.
         NonFiniteError: the loss became NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,8 @@ def train(
         identity["encoder"] = encoder
     if init is not None:
         identity["init"] = init
+    if data is not None:
+        identity["data"] = dict(data)
     state = TrainingState(
         trainable(world_model),
         learning_rate=settings.learning_rate,
