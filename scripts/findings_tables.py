@@ -66,7 +66,7 @@ def solved_by(row: Row, count: int) -> bool:
 
 def compared(results: TaskResults, name: str) -> tuple[str, str]:
     """An arm's success, and its paired difference against its float arm; "" without one."""
-    reference = results.rows.get(results.compared.get(name, ""))
+    reference = results.float_rows(name)
     found = arm_summary(name, results.rows[name], reference, bytes=None, seconds=0.0)
     success = f"{decimal(found['success'])} [{decimal(found['low'])}, {decimal(found['high'])}]"
     if found["difference"] is None:

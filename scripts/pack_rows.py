@@ -3,9 +3,10 @@
     python scripts/pack_rows.py results/pusht-findings more.parquet --out pusht-findings.parquet
 
 Cells of unfinished studies count too, and folders and earlier files may share a study's arms among
-them, each arm being taken from the first that has it. Arms come in the order of the preset
-(`--preset`), others after them. Positions and distances keep 13 binary digits (0.03 of
-PushT's pixels), costs 10 (0.1%); every column is stored in the encoding in which it is smallest.
+them, each arm being taken from the first that has it; one that was computed on several devices is
+kept of each. Arms come in the order of the preset (`--preset`), others after them. Positions and
+distances keep 13 binary digits (0.03 of PushT's pixels), costs 10 (0.1%); every column is stored in
+the encoding in which it is smallest.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantwm.evaluation import Row
+from quantwm.study.results import Origin, origin_of
 from quantwm.study.rows import SCHEMA, read_parquet
 from quantwm.study.spec import load_preset
 from quantwm.study.tables import Tables
@@ -44,31 +46,26 @@ def main() -> None:
     rows = [rounded_row(row) for rows in arms.values() for row in rows]
     arguments.out.write_bytes(packed(pa.Table.from_pylist(rows, schema=SCHEMA)))
     size = arguments.out.stat().st_size
-    print(f"{len(rows)} rows of {len(arms)} arms, {size} bytes: {', '.join(arms)}")
+    print(f"{len(rows)} rows, {size} bytes: {', '.join(name for name, _ in arms)}")
 
 
-def joined(sources: Sequence[Path], preset: str) -> dict[str, list[Row]]:
-    """Rows by arm, of the first source that has it."""
-    found: dict[str, list[Row]] = {}
+def joined(sources: Sequence[Path], preset: str) -> dict[tuple[str, Origin], list[Row]]:
+    """Rows by arm and origin, of the first source that has them; the first source's come first."""
+    found: dict[tuple[str, Origin], list[Row]] = {}
     for path in sources:
-        found = (rows_of_file(path) if path.is_file() else rows_of_folder(path)) | found
+        own: dict[tuple[str, Origin], list[Row]] = {}
+        for row in read_parquet(path) if path.is_file() else rows_of_folder(path):
+            own.setdefault((row["arm"], origin_of(row)), []).append(row)
+        found |= {key: rows for key, rows in own.items() if key not in found}
     task = next(iter(found.values()))[0]["task"]
     order = {arm.name: place for place, arm in enumerate(load_preset(preset, task).arms)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return {name: found[name] for name in names}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0][0], len(order))))
 
 
-def rows_of_folder(path: Path) -> dict[str, list[Row]]:
+def rows_of_folder(path: Path) -> list[Row]:
     tables = Tables.of_folder(path)
     tables.look()
-    return {name: tables.rows(name) for name in tables.names}
-
-
-def rows_of_file(path: Path) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in read_parquet(path):
-        found.setdefault(row["arm"], []).append(row)
-    return found
+    return [row for name in tables.names for row in tables.rows(name)]
 
 
 def rounded_row(row: Row) -> Row:

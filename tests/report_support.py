@@ -79,17 +79,25 @@ def make_row(arm, index, success, failure, episodes, task="wall", most=ITERATION
 
 def make_summary(rows, sizes):
     """The summary of rows by arm."""
-    reference = rows.get("float")
     return [
         arm_summary(
             name,
             rows[name],
-            reference if name != "float" else None,
+            float_of(name, rows),
             bytes=stored,
             seconds=40.0 + 3 * len(name),
         )
         for name, stored in sizes.items()
     ]
+
+
+def float_of(name, rows):
+    """Rows of the float arm that an arm is compared with: that of its budget, else the study's."""
+    if name == "float":
+        return None
+    kind, _, budget = name.partition("/")
+    own = rows.get("float")
+    return own if kind == "float" else rows.get(f"float/{budget}", own)
 
 
 def make_study(arms):
@@ -119,7 +127,7 @@ def make_config(names, kinds=None, task="wall"):
         "seed": 1,
         "block": "evaluation",
         "mpc_iterations": ITERATIONS,
-        "planner": {"samples": 64, "elites": 8, "horizon": 5, "noise": "ar1", "correlation": 0.8},
+        "planner": {"samples": 64, "elites": 8, "horizon": 5, "noise_correlation": 0.8},
         "dtype": "bfloat16",
         "device": "cpu",
         "threads": 2,

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from quantwm.protocols import ActionSpec, Episodes, LinearGroup
 from quantwm.seeds import keyed_generator
+from quantwm.study import run_study, work
 from quantwm.study.rows import comparable
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
@@ -105,6 +107,25 @@ class PointModel(nn.Module):
         )
 
 
+class Fragile(PointModel):
+    """Divides by the output of a linear whose small weight two bits round to zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.append(nn.Linear(2, 1, bias=False))
+        with torch.no_grad():
+            self.encoder[1].weight.copy_(torch.tensor([[1.0, 0.1]]))
+
+    def encode(self, observation):
+        proprio = torch.from_numpy(observation["proprio"]).to(self.encoder[0].bias.dtype)
+        one = self.encoder[1](torch.tensor([0.0, 10.0], dtype=proprio.dtype))
+        return self.encoder[0](proprio) / one
+
+    def quantizable_groups(self):
+        first, second = super().quantizable_groups()
+        return (replace(first, layers=("encoder.0", "encoder.1")), second)
+
+
 class DyingModel(PointModel):
     """Kills its process as soon as that has finished a part of a cell in `folder`."""
 
@@ -142,6 +163,12 @@ def point_spec(**changes: Any) -> StudySpec:
 def study(spec: StudySpec | None = None) -> dict[str, Any]:
     """Keyword arguments of `run_study` and `plan_study` for the point."""
     return {"spec": spec or point_spec(), "world_model": PointModel(), "task": PointTask()}
+
+
+def study_in_parts(spec: StudySpec, out: Path) -> None:
+    """Run a study of the point, keeping every two episodes: what a process is given to do."""
+    work.PART = 2
+    run_study(**study(spec), out=out)
 
 
 def by_arm(result):

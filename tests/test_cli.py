@@ -70,6 +70,8 @@ def test_every_command_has_help_with_an_example():
         (["study", "wall", "--workers", "0"], "at least 1"),
         (["study", "wall", "--workers", "2", "--slurm"], "leave them out"),
         (["study", "wall", "--slurm-setting", "a=1"], "add --slurm"),
+        (["study", "wall", "--job-minutes", "5"], "--job-minutes is for jobs of a cluster"),
+        (["study", "mine.yaml", "--preset", "nosuch"], "--preset is for tasks"),
         (["study", "wall", "--slurm", "--slurm-setting", "a"], "KEY=VALUE"),
         (["status", "nowhere"], "holds no study"),
         (["collect", "wal", "--out", "x"], "did you mean 'wall'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantwm.data.latents import FrameIndex
-from quantwm.data.sources import open_data
+from quantwm.data.sources import open_data, stored_task
 from quantwm.describe import contact_sheet, describe
 from quantwm.envs import PointMaze, PushT, Wall
 from quantwm.errors import CorruptFileError, MismatchError, UsageError
@@ -174,12 +174,90 @@ def test_frames_that_are_missing_or_too_few_are_named(tmp_path):
 def test_states_and_actions_of_different_sets_are_refused(tmp_path):
     folder = write_point_maze(tmp_path / "data")
     torch.save(torch.zeros(COUNT - 1, STEPS, 2), folder / "actions.pth")
-    with pytest.raises(CorruptFileError, match="10 trajectories of states, 9 of actions"):
+    with pytest.raises(CorruptFileError, match=r"actions.pth holds 9 .*, states.pth 10"):
         open_data(folder, PointMaze())
     torch.save(torch.zeros(COUNT, STEPS, 2), folder / "actions.pth")
     torch.save(torch.full((COUNT,), STEPS + 1), folder / "seq_lengths.pth")
     with pytest.raises(CorruptFileError, match="lengths"):
         open_data(folder, PointMaze())
+
+
+WRITERS = {"wall": (write_wall, Wall()), "point_maze": (write_point_maze, PointMaze())}
+WRITERS |= {"pusht": (write_pusht, PushT())}
+NAN = torch.full((4, STEPS, 2), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "value"),
+    [
+        ("pusht", "train/states.pth", torch.zeros(4, STEPS, 7)),
+        ("pusht", "train/states.pth", torch.full((4, STEPS, 5), float("inf"))),
+        ("pusht", "val/velocities.pth", torch.zeros(3, STEPS, 2)),
+        ("pusht", "val/velocities.pth", torch.zeros(4, STEPS - 1, 2)),
+        ("pusht", "val/velocities.pth", NAN),
+        ("pusht", "train/rel_actions.pth", torch.zeros(4, STEPS, 10)),
+        ("pusht", "train/rel_actions.pth", NAN),
+        ("wall", "states.pth", torch.zeros(COUNT, 2)),
+        ("wall", "states.pth", torch.zeros(1, STEPS, 2)),
+        ("wall", "actions.pth", torch.zeros(COUNT, STEPS - 1, 2)),
+        ("wall", "door_locations.pth", torch.zeros(COUNT - 1, STEPS)),
+        ("wall", "door_locations.pth", torch.zeros(COUNT + 1, STEPS)),
+        ("wall", "door_locations.pth", torch.zeros(COUNT)),
+        ("point_maze", "seq_lengths.pth", torch.full((COUNT - 1,), STEPS)),
+        ("point_maze", "seq_lengths.pth", torch.full((COUNT,), float("inf"))),
+    ],
+)
+def test_a_file_of_another_shape_or_not_finite_is_named(tmp_path, task, name, value):
+    write, opened = WRITERS[task]
+    folder = write(tmp_path / "data")
+    torch.save(value, folder / name)
+    with pytest.raises(CorruptFileError, match=rf"^\S*/data/{name}\b"):
+        open_data(folder, opened)
+
+
+def test_padding_beyond_a_trajectorys_length_may_be_anything(tmp_path):
+    folder = write_point_maze(tmp_path / "data")
+    before = open_data(folder, PointMaze()).statistics
+    for name in ("states.pth", "actions.pth"):
+        values = torch.load(folder / name)
+        values[2, STEPS - 2 :] = float("nan")
+        torch.save(values, folder / name)
+    assert open_data(folder, PointMaze()).statistics == before
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("pusht", "train/states.pth"),
+        ("wall", "wall_locations.pth"),
+        ("wall", "door_locations.pth"),
+        ("point_maze", "states.pth"),
+    ],
+)
+def test_without_a_file_the_task_is_known_and_the_file_named(tmp_path, task, name):
+    write, opened = WRITERS[task]
+    folder = write(tmp_path / "data")
+    (folder / name).unlink()
+    assert stored_task(folder) == {"name": task}
+    with pytest.raises(CorruptFileError, match=f"data/{name} is missing"):
+        open_data(folder, opened)
+
+
+def test_walls_data_in_two_folders_are_not_taken_for_pushts(tmp_path):
+    for name in ("train", "val"):
+        write_wall(tmp_path / name)
+    assert stored_task(tmp_path) == {"name": "wall"}
+    with pytest.raises(UsageError, match=r"give .*train"):
+        open_data(tmp_path, Wall())
+    assert len(open_data(tmp_path / "train", Wall()).splits["train"].trajectories) == 9
+
+
+def test_frames_that_are_not_bytes_are_refused(tmp_path):
+    folder = write_wall(tmp_path / "data")
+    for episode in (folder / "obses").iterdir():
+        torch.save(torch.load(episode) / 255, episode)
+    with pytest.raises(CorruptFileError, match=r"episode_\d+.pth holds frames of torch.float32"):
+        open_data(folder, Wall()).splits["train"].frames(np.array([0]), np.array([0]))
 
 
 class Bomb:
@@ -203,9 +281,38 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert not canary.exists()
 
 
+class Forged:
+    """Numpy's type of objects, of which the pickle says that it holds none."""
+
+    def __reduce__(self):
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class ForgedArray:
+    """Bytes as pointers; null pointers, which do no harm where the array is made."""
+
+    def __reduce__(self):
+        reconstruct = np.zeros(1).__reduce__()[0]
+        return reconstruct, (np.ndarray, (0,), b"b"), (1, (4,), Forged(), False, bytes(32))
+
+
+class ForgedNumber:
+    def __reduce__(self):
+        return np.int64(1).__reduce__()[0], (Forged(), bytes(8))
+
+
+@pytest.mark.parametrize("name", ["seq_lengths.pkl", "shapes.pkl"])
+@pytest.mark.parametrize("forged", [ForgedArray(), [ForgedNumber()]])
+def test_pickled_pointers_are_refused(tmp_path, forged, name):
+    folder = write_pusht(tmp_path / "pusht")
+    (folder / "train" / name).write_bytes(pickle.dumps(forged))
+    with pytest.raises(CorruptFileError, match=rf"train/{name} .*type 'O8', which is refused"):
+        open_data(folder, PushT())
+
+
 def test_lengths_pickled_from_numpy_are_read(tmp_path):
     folder = write_pusht(tmp_path / "data")
-    for value in (np.array([6, 6, 6, 6]), [np.int64(6)] * 4):
+    for value in (np.full(4, 6), np.full(4, 6, ">i4"), [np.int64(6)] * 4):
         (folder / "train" / "seq_lengths.pkl").write_bytes(pickle.dumps(value))
         assert open_data(folder, PushT()).splits["train"].trajectories.lengths.tolist() == [5] * 4
 

@@ -195,13 +195,69 @@ def test_pooling_widths_finds_what_none_shows_alone():
     assert finding(4, few).verdict == "supported"
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_a_float_model_below_its_studys_gate_decides_nothing(number):
+    """With float at 0 all arms are alike, and none of that is a matter of bits."""
+    dead = results(dict.fromkeys([*arms_read("wall"), "w3/steps=20"], 0))
+    found = findings_of([dead])[number - 1]
+    assert (found.verdict, found.missing, found.episodes_needed) == ("undecided", (), None)
+    assert "float reaches 0.00, below the gate of 0.70" in found.evidence[0].note
+    few = findings_of([results(dict.fromkeys(dead.arms, 0), n=10)])[number - 1]
+    assert (few.verdict, few.episodes_needed) == ("undecided", None)
+
+
+def test_the_gate_is_that_of_the_results():
+    modest = results({"float": 50, "w8": 50, "w8a8": 50})
+    assert findings_of([modest])[0].verdict == "undecided"
+    for gate in (0.0, 0.3, 0.5):
+        assert findings_of([replace(modest, gate=gate)])[0].verdict == "supported"
+
+
+def test_failure_modes_need_float_to_plan_in_both_tasks():
+    low = PUSHT | {"float": 60, "oracle-latent": 93}
+    wall, pusht = results(WALL, "wall"), results(low, "pusht")
+    found = findings_of([wall, pusht])[-1]
+    assert (found.verdict, found.episodes_needed) == ("undecided", None)
+    gated = ["below the gate" in one.note for one in found.evidence]
+    assert gated == [False, False, True, True, True]
+    assert findings_of([wall, replace(pusht, gate=0.3)])[-1].verdict == "supported"
+
+
+def _enough(number, arms):
+    """Episodes needed, with what is found at so many and at three quarters of it, same rates."""
+    needed = finding(number, arms).episodes_needed
+    verdicts = []
+    for n in (needed * 3 // 4, needed):
+        stretched = {arm: [own[i * N // n] for i in range(n)] for arm, own in arms.items()}
+        verdicts.append(finding(number, stretched, n=n).verdict)
+    return needed, *verdicts
+
+
+def _first(count, begin=0):
+    """`count` successes in a row from an episode on, back to the first after the last."""
+    return [(episode - begin) % N < count for episode in range(N)]
+
+
+def test_the_need_is_that_of_the_clauses_that_decide():
+    # Pooled, the difference shows long before it does at three bits; only pooled decides.
+    wide = [_first(84), _first(92), _first(50), _first(54, begin=10), _first(0), _first(0)]
+    needed, before, then = _enough(4, dict(zip(SIDES, wide, strict=True)))
+    assert (before, then) == ("undecided", "supported")
+    assert N < needed < 150
+    # One clause that falls short is enough, though the other is open for long.
+    losing = FLOAT | {"w8": 88, "w8a8": 80}
+    needed, before, then = _enough(1, {arm: _first(n) for arm, n in losing.items()})
+    assert (before, then) == ("undecided", "contradicted")
+    assert N < needed < 250
+
+
 def test_arms_that_share_no_episode_are_not_compared():
     apart = results(EIGHT)
     for one in apart.rows["w8"]:
         one["episode_seed"] += 5000
     found = findings_of([apart])[0]
     assert found.verdict == "undecided"
-    assert found.evidence[0].note == "the arms share no episode"
+    assert found.evidence[0].note.startswith("the arms share no episode")
 
 
 def test_the_intervention_verdict_is_told():

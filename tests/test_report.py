@@ -1,3 +1,5 @@
+import csv
+import io
 import re
 
 import matplotlib as mpl
@@ -13,6 +15,8 @@ from quantwm.report.headline import study_lead
 from quantwm.report.plots import success_plot
 from quantwm.report.text import signed
 from quantwm.study.findings import findings_of
+from quantwm.study.store import ResultsFolder
+from quantwm.study.summary import COLUMNS
 from report_support import (
     ENVIRONMENT,
     TASK,
@@ -20,6 +24,7 @@ from report_support import (
     browse,
     make_config,
     make_study,
+    make_summary,
     needs_browser,
     one_task,
     write_folder,
@@ -58,14 +63,14 @@ def test_the_table_holds_the_numbers_of_the_rows(page):
         assert cells[1] == f"{solved / 16:.2f}"
         low, high = line["low"], line["high"]
         assert cells[2].replace("\xa0", " ") == f"[{low:.2f}, {high:.2f}]"
-        assert cells[10] == f"{line['seconds']:.0f}"
+        assert cells[11] == f"{line['seconds']:.0f}"
         if line["bytes"]:
             assert str(line["bytes"]) in document.values("value")
-            assert cells[9] == f"{line['bytes'] / 1e6:.1f} MB"
+            assert cells[10] == f"{line['bytes'] / 1e6:.1f} MB"
         else:
-            assert cells[9] == "–"
+            assert cells[10] == "–"
         firsts = [row["first_success"] for row in own if row["success"]]
-        assert cells[8] == (f"{np.median(firsts):.1f}" if firsts else "–")
+        assert cells[9] == (f"{np.median(firsts):.1f}" if firsts else "–")
 
 
 def test_a_difference_is_shown_with_its_interval_and_counts(page):
@@ -78,7 +83,54 @@ def test_a_difference_is_shown_with_its_interval_and_counts(page):
     low, high = line["difference_low"], line["difference_high"]
     assert cells[3] == signed((won - lost) / 16)
     assert cells[4] == f"[{signed(low)}, {signed(high)}]"
-    assert cells[5:8] == [f"{won} / {lost}", "< 0.001", "yes, lower"]
+    assert cells[5:9] == [f"{won} / {lost}", "< 0.001", "< 0.001", "yes, lower"]
+
+
+def arms_csv(task):
+    text = render([task]).tables["report-tables/wall-arms.csv"]
+    return {line["arm"]: line for line in csv.DictReader(io.StringIO(text))}
+
+
+def test_an_arm_of_another_budget_is_paired_with_float_of_that_budget():
+    arms = {
+        "float/steps=20": ("1111111111111110", 9),
+        "float": ("1100000000000000", 9),
+        "w3": ("1000000000000000", 3),
+        "w3/steps=20": ("0111111000000001", 3),
+    }
+    line = arms_csv(one_task(arms))["w3/steps=20"]
+    assert (line["won"], line["lost"]) == ("1", "9")
+    assert float(line["difference"]) == (1 - 9) / 16
+
+
+def test_a_float_arm_of_another_budget_is_no_quantized_arm():
+    arms = {"float/steps=20": ("1" * 16, 9), "float": ("0" * 16, 9), "w3": ("1" + "0" * 15, 3)}
+    task = one_task(arms)
+    assert [(arm.name, arm.role, arm.verdict) for arm in task.arms] == [
+        ("float", "float", "reference"),
+        ("float/steps=20", "other float", "higher"),
+        ("w3", "quantized", "not separable"),
+    ]
+    text = Document(render([task]).html).text
+    assert "Separably higher" not in text
+    assert "Oracles, which know more" not in text
+    assert worst_arm(one_task(arms | {"float/steps=20": ("0" * 16, 9)}).arms).name == "w3"
+
+
+def test_p_values_are_corrected_over_the_arms_of_the_table():
+    arms = dict.fromkeys(("float", "w8", "w4", "w3", "w2"), ("10", 1))
+    rows, summary = make_study(arms)
+    for line, p_value in zip(summary, (None, 0.03, 0.01, None, 0.04), strict=True):
+        line["p_value"] = p_value
+    task = task_report(rows, summary, make_config(arms), {}, TASK)
+    adjusted = {arm: line["p_holm"] for arm, line in arms_csv(task).items() if line["p_holm"]}
+    assert {arm: float(value) for arm, value in adjusted.items()} == pytest.approx(
+        {"w8": 0.06, "w4": 0.03, "w2": 0.06}
+    )
+    document = Document(render([task]).html)
+    assert document.line("w8")[6:8] == ["0.030", "0.060"]
+    assert document.line("w3")[6:8] == ["–", "–"]
+    assert "p, Holm, where a table has it" in document.text
 
 
 @pytest.mark.parametrize(
@@ -250,7 +302,7 @@ def test_states_that_are_not_finite_are_left_blank():
     page = render([task_report(rows, summary, make_config(arms), {}, TASK)]).html
     assert page.count('class="blank"') == 5
     assert not re.search(r"\bnan\b", Document(page).text.lower())
-    assert Document(page).line("w2", table=2)[1:4] == [
+    assert Document(page).line("w2", table=-1)[1:4] == [
         "non_finite: latent of frame 2",
         "1 of 1",
         "–",
@@ -273,7 +325,7 @@ def test_frames_that_compress_badly_are_made_smaller():
 def test_failures_are_counted_by_arm_and_reason():
     task = one_task({"float": ("1111", 1), "w2": ("0001", 1)})
     task.arms[1].rows[1]["failure"] = "non_finite: cost"
-    table = Document(render([task]).html).tables[2]
+    table = Document(render([task]).html).tables[-1]
     assert [(line[0], line[1], line[2], line[4]) for line in table[1:]] == [
         ("w2", "non_finite: cost", "1 of 4", "1"),
         ("w2", "goal not reached", "2 of 4", "0, 2"),
@@ -314,7 +366,7 @@ def test_an_arm_whose_name_does_not_say_it_is_known_by_its_kind():
     shown = [(arm.name, arm.role) for arm in task.arms]
     assert shown == [
         ("full", "float"),
-        ("again", "quantized"),
+        ("again", "other float"),
         ("small", "quantized"),
         ("cheat", "bound"),
         ("chance", "bound"),
@@ -365,6 +417,23 @@ def test_a_results_folder_gives_the_same_page_as_its_rows(tmp_path):
     assert written.read_text(encoding="utf-8") == expected.html
     for name, text in expected.tables.items():
         assert (tmp_path / name).read_text(encoding="utf-8") == text
+
+
+def test_planning_time_is_that_of_the_rows_even_where_the_summary_lacks_it(tmp_path):
+    arms = {"float": ("11", 10), "w4": ("10", 5)}
+    rows, _ = make_study(arms)
+    for row, seconds in zip(rows, (1.0, 2.0, 3.0, 7.125), strict=True):
+        row["plan_seconds"] = seconds
+    own = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    summary = make_summary(own, {arm: stored for arm, (_, stored) in arms.items()})
+    assert [line["plan_seconds"] for line in summary] == [1.5, 5.062]
+    write_folder(tmp_path, rows, summary, make_config(arms))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert Document(page).line("w4")[12] == "5.1"
+    older = [{k: v for k, v in line.items() if k != "plan_seconds"} for line in summary]
+    columns = [column for column in COLUMNS if column != "plan_seconds"]
+    ResultsFolder(tmp_path).write_summary(older, columns)
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
 
 
 def test_configuration_environment_and_command_are_shown(tmp_path):

@@ -277,8 +277,25 @@ def test_a_small_study_has_no_filter_and_no_empty_sections():
     page = render([one_task({"float": ("11", 9), "w4": ("10", 3)})], [finding(1, "wall", n=0)]).html
     assert "<script" not in page
     assert "Not tested by these arms: finding 1" in page
-    for absent in ("Planning loss", "Layer sensitivity", "Cost fidelity", 'class="contents"'):
+    for absent in ("Layer sensitivity", "Cost fidelity", 'class="contents"'):
         assert absent not in page
+
+
+def test_a_small_study_has_its_objective_and_the_published_claims():
+    arms = {"float": ("1110", 9), "w4": ("1010", 3), "w8a8": ("1100", 5)}
+    report = render([one_task(arms)], FINDINGS)
+    lines = {line["arm"]: line for line in read(report, "wall-objective")}
+    assert set(lines) == set(arms)
+    assert float(lines["float"]["cost_last_plan"]) == 1
+    told = report.html.split('<section id="wall-arms"')[1].split("<section")[0]
+    assert told.count("Published study") == 2
+    assert '<a href="#finding-2">finding 2</a> contradicted' in told
+    failed = report.html.split('<section id="wall-failures"')[1]
+    assert '<a href="#finding-6">finding 6</a> supported' in failed
+    assert "wall-objective" not in render([one_task(arms)], brief=True).html
+    page = render([one_task({"w4": ("11", 3)})]).html
+    assert "wall-objective" not in page
+    assert page.count("Published study") == 1
 
 
 @pytest.mark.parametrize("name", ['<b data-method="x">', 'a" onload="x', "$x$ 模型 & co"])
@@ -351,6 +368,27 @@ def test_the_filter_shows_everything_at_first(opened, tasks):
     dom = browse((opened / "report.html").as_uri(), opened / "profile")
     assert len({method for _, method, _ in shown_rows(dom)}) > 5
     assert f"all {sum(len(task.arms) for task in tasks)} arms" in re.sub("<[^>]*>", "", dom)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("address", "counted", "evidence"),
+    [
+        ("", "all 6 arms", {"wall", "pusht"}),
+        ("#task=wall", "3 of 6 arms", {"wall"}),
+        ("#task=pusht&method=gptq", "2 of 6 arms", {"pusht"}),
+    ],
+)
+def test_the_filter_counts_the_arms_of_small_studies(tmp_path, address, counted, evidence):
+    arms = {"float": ("11", 9), "w4": ("10", 3), "w4@gptq": ("11", 3)}
+    rows, summary = make_study(arms)
+    config = make_config(arms, task="pusht") | {"task": {"name": "pusht"}}
+    tasks = [one_task(arms), task_report(rows, summary, config, ENVIRONMENT, Elsewhere())]
+    (tmp_path / "page.html").write_text(render(tasks, FINDINGS).html, encoding="utf-8")
+    dom = browse((tmp_path / "page.html").as_uri() + address, tmp_path / "profile")
+    assert f"Filter: {counted}" in re.sub("<[^>]*>", "", dom)
+    lines = [line for line in Document(dom).lines if "data-task" in line]
+    assert {line["data-task"] for line in lines if "hidden" not in line} == evidence
 
 
 @needs_browser

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from quantwm.report.verdicts import is_tested
+from quantwm.study.evidence import Arms, keeps
 from quantwm.study.findings import findings_of
-from quantwm.study.results import results_of
+from quantwm.study.results import origin_of, results_of
 from quantwm.study.rows import read_parquet, write_parquet
 from quantwm.study.spec import load_preset
 
@@ -69,8 +70,28 @@ def test_packing_keeps_what_the_tables_are_made_of(tmp_path):
         np.testing.assert_allclose(new["cost_by_iteration"], old["cost_by_iteration"], rtol=2**-10)
 
 
+def test_arms_are_compared_with_float_of_the_same_device():
+    """PushT's arms were computed on two, each with a float arm of its own."""
+    rows = read_parquet(ROWS[1])
+    results = results_of(load_preset("findings", "pusht"), rows)
+    assert len({origin_of(row) for row in rows}) > 1
+    for name in ("w4", "w4a4", "oracle-state"):
+        reference = results.float_rows(name)
+        assert len(reference) == 50
+        if name != "oracle-state":
+            assert origin_of(reference[0]) == origin_of(results.rows[name][0])
+    one, other = results.together("w4", "w8")
+    assert origin_of(one[0]) == origin_of(other[0])
+    assert results.together("w4", "w4a4") is None
+    assert results.together("w4a4", "random") is not None
+    found = Arms(results).difference("w4", "w4a4", keeps())
+    assert "computed alike" in found.evidence.note
+
+
 def test_packing_takes_an_arm_from_the_first_source_and_rounds(tmp_path):
     rows = [row for row in read_parquet(ROWS[1]) if row["arm"] in ("float", "w4")]
+    elsewhere = [row for row in rows if origin_of(row) != origin_of(rows[0])]
+    rows = [row for row in rows if row not in elsewhere]
     changed = [
         row | {"states": [[300.123456789] * 7], "cost_by_iteration": [0.3]}
         for row in rows
@@ -78,12 +99,13 @@ def test_packing_takes_an_arm_from_the_first_source_and_rounds(tmp_path):
     ]
     sources = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
     write_parquet(sources[0], changed)
-    write_parquet(sources[1], rows)
+    write_parquet(sources[1], [*rows, *elsewhere])
     packed = tmp_path / "packed.parquet"
     script = ROOT / "scripts/pack_rows.py"
     subprocess.run([sys.executable, script, *sources, "--out", packed], check=True)
     found = read_parquet(packed)
-    assert [row["arm"] for row in found] == ["float"] * 50 + ["w4"] * 50
+    assert [row["arm"] for row in found] == ["float"] * 100 + ["w4"] * 50
+    assert {origin_of(row) for row in found[50:100]} == {origin_of(elsewhere[0])}
     assert found[0]["states"] == [[300.125] * 7]
     assert found[0]["cost_by_iteration"] == [614 / 2048]
     assert found[-1]["states"] == rows[-1]["states"]

@@ -6,7 +6,7 @@ import pytest
 
 from quantwm.errors import UsageError
 from quantwm.study import run_study
-from study_support import Recorder, content, point_spec, study
+from study_support import Fragile, PointTask, Recorder, content, point_spec, study
 
 ARMS = ["oracle-state", "float", "w8", "w2", "w8a8", "w2/steps=3"]
 
@@ -45,6 +45,21 @@ def test_fidelity_of_each_arm_and_sensitivity_of_each_layer(tmp_path):
         k: v for k, v in before.items() if k.startswith("cells/")
     }
     assert diagnosed(tmp_path)["sensitivity-w2"] != found["sensitivity-w2"]
+
+
+def test_a_layer_whose_costs_are_not_finite_fails_alone_and_once(tmp_path):
+    asked = {"fidelity": True, "sensitivity": ["w2", "w8"], "episodes": 2}
+    spec = point_spec(arms=["float", "w8"], diagnostics=asked)
+    arguments = {"world_model": Fragile(), "task": PointTask()}
+    run_study(spec, tmp_path, **arguments)
+    found = diagnosed(tmp_path)
+    failed = found.pop("sensitivity-w2")
+    assert (failed["kind"], failed["arm"]) == ("failed", "sensitivity to w2")
+    assert "encoder.1 at w2" in failed["error"]
+    assert sorted(one["kind"] for one in found.values()) == ["fidelity", "sensitivity"]
+    recorder = Recorder()
+    run_study(spec, tmp_path, progress=recorder, **arguments)
+    assert recorder.calls == []
 
 
 def test_bad_settings():

@@ -26,7 +26,16 @@ from quantwm.study.cells import Cell
 from quantwm.study.estimate import SECONDS_PER_FRAME, estimated_seconds, measured_pace
 from quantwm.study.prepare import prepare
 from quantwm.study.rows import comparable, read_parquet
-from study_support import PointModel, PointTask, Recorder, by_arm, content, point_spec, study
+from study_support import (
+    Fragile,
+    PointModel,
+    PointTask,
+    Recorder,
+    by_arm,
+    content,
+    point_spec,
+    study,
+)
 
 
 @pytest.fixture(scope="module")
@@ -190,25 +199,6 @@ class TestGate:
         bad = {"world_model": PointModel(speed=100.0), "task": PointTask()}
         assert run_study(point_spec(arms=["float"]), tmp_path / "a", **bad).summary
         assert run_study(point_spec(arms=["w8"]), tmp_path / "b", **bad).summary
-
-
-class Fragile(PointModel):
-    """Divides by the output of a linear whose small weight two bits round to zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder.append(nn.Linear(2, 1, bias=False))
-        with torch.no_grad():
-            self.encoder[1].weight.copy_(torch.tensor([[1.0, 0.1]]))
-
-    def encode(self, observation):
-        proprio = torch.from_numpy(observation["proprio"]).to(self.encoder[0].bias.dtype)
-        one = self.encoder[1](torch.tensor([0.0, 10.0], dtype=proprio.dtype))
-        return self.encoder[0](proprio) / one
-
-    def quantizable_groups(self):
-        first, second = super().quantizable_groups()
-        return (replace(first, layers=("encoder.0", "encoder.1")), second)
 
 
 def test_an_arm_of_nans_fails_and_the_study_goes_on(tmp_path):

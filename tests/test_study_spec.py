@@ -158,6 +158,9 @@ MINIMAL = {"task": "wall", "model": "wall", "arms": ["float", "w4"]}
         ({"version": 2}, "version 2"),
         ({"task": {"door_y": 3}}, "task needs a name"),
         ({"planner": "cem"}, "planner must map"),
+        ({"planner": {"sampels": 4}}, "did you mean 'samples'"),
+        ({"planner": {"name": "mppi", "elites": 4}}, "unknown mppi setting 'elites'"),
+        ({"task": {"name": "wall", "dor_y": 3}}, "did you mean 'door_y'"),
         ({"calibration": {"samples": 0}}, "calibration.samples"),
     ],
 )
@@ -179,6 +182,32 @@ def test_files_that_are_no_study(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UsageError, match=r"study\.yaml"):
         StudySpec.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("task: wall\nepisodes: 2\nmodel: wall\nepisodes: 3\n", 4, "'episodes' is given twice"),
+        ("task: wall\nplanner:\n  steps: 2\n  steps: 3\n", 4, "'steps' is given twice"),
+        ("arms:\n- {name: a, plan: w4, plan: w3}\n", 2, "'plan' is given twice"),
+        ("task: wall\nmodel: wall\narms: float\nplanner:\n  sampels: 4\n", 5, "'samples'"),
+        ("task: {name: wall,\n  dor_y: 3}\nmodel: wall\narms: float\n", 2, "'door_y'"),
+    ],
+)
+def test_a_slip_in_a_file_is_told_with_its_line(tmp_path, text, line, said):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=rf"study\.yaml, line {line}: .*{said}"):
+        StudySpec.from_yaml(path)
+
+
+def test_settings_of_ones_own_task_and_planner_are_kept(tmp_path):
+    own = {"task": {"name": "mine", "size": 3}, "planner": {"name": "mine", "depth": 2}}
+    assert StudySpec.from_dict(MINIMAL | own).task["size"] == 3
+    # What ran with another planner under a name of quantwm's is read back all the same.
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"planner": {"depth": 2}, "record": {}}))
+    assert StudySpec.from_yaml(path).planner == {"depth": 2}
 
 
 def test_missing_file(tmp_path):

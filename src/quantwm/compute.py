@@ -124,6 +124,14 @@ def _native_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def cpu_arithmetic() -> str:
+    """The widest units that products use, "amx" or such as "avx512": other ones round otherwise."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    bfloat16 = "_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return torch.backends.cpu.get_cpu_capability().lower() + bfloat16
+
+
 @functools.cache
 def package_version() -> str:
     """The installed version, "unknown" in a tree that was never installed."""
@@ -158,6 +166,7 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "commit": source_commit(),
         "torch": torch.__version__,
         "device": device.type,
+        **({"arithmetic": cpu_arithmetic()} if device.type == "cpu" else {}),
         "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "numerics": NUMERICS_VERSION,

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from quantwm.errors import QuantWMError
 
 
@@ -27,9 +29,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise QuantWMError(
-            f"cannot write {path}: {error.strerror or error}; check that the folder is writable "
+            f"cannot write {path}: {reason}; check that the folder is writable "
             "and the disk has room, then run the same command again"
         ) from error
     finally:

@@ -38,7 +38,9 @@ def study(
             metavar="TASK|KEY=VALUE",
         ),
     ],
-    preset: Annotated[str, typer.Option(help="Which shipped study to run on the tasks.")] = "quick",
+    preset: Annotated[
+        str | None, typer.Option(help="Which shipped study to run on the tasks; default: quick.")
+    ] = None,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -56,8 +58,9 @@ def study(
         typer.Option(help="For the jobs, as submitit has it, e.g. slurm_partition=gpu."),
     ] = None,
     job_minutes: Annotated[
-        float, typer.Option(help="About how long a job of the cluster should take.")
-    ] = 30.0,
+        float | None,
+        typer.Option(help="About how long a job of the cluster should take; default: 30."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List cells and estimated time; write nothing.")
     ] = False,
@@ -167,7 +170,7 @@ def report(
         out.print(f"report: {written}", highlight=False)
 
 
-def _executor(workers: int, slurm: bool, settings: list[str], minutes: float) -> "Executor":
+def _executor(workers: int, slurm: bool, settings: list[str], minutes: float | None) -> "Executor":
     from quantwm.checks import parsed
     from quantwm.errors import UsageError
     from quantwm.study.executors import InProcess, Local, Slurm
@@ -179,14 +182,16 @@ def _executor(workers: int, slurm: bool, settings: list[str], minutes: float) ->
         bad = [key for key, equals, _ in pairs if not equals]
         if bad:
             raise UsageError(f"--slurm-setting is KEY=VALUE, got {bad[0]!r}")
-        return Slurm(minutes, parameters={key: parsed(text, key) for key, _, text in pairs})
-    if settings:
-        raise UsageError("--slurm-setting is for jobs of a cluster: add --slurm")
+        parameters = {key: parsed(text, key) for key, _, text in pairs}
+        return Slurm(30.0 if minutes is None else minutes, parameters=parameters)
+    if settings or minutes is not None:
+        option = "--slurm-setting" if settings else "--job-minutes"
+        raise UsageError(f"{option} is for jobs of a cluster: add --slurm")
     return InProcess() if workers == 1 else Local(workers)
 
 
 def _studies(
-    sources: list[str], preset: str, out_folder: Path | None
+    sources: list[str], preset: str | None, out_folder: Path | None
 ) -> list[tuple["StudySpec", Path]]:
     """Each study with its results folder."""
     from quantwm.errors import UsageError
@@ -197,9 +202,11 @@ def _studies(
     named = [text for text in sources if text not in overrides]
     if not named:
         raise UsageError(f"name a task or a study's YAML file before {overrides[0]!r}")
+    if preset is not None and all(one.endswith(files) for one in named):
+        raise UsageError(f"--preset is for tasks, and {named[0]} is a study already: leave it out")
     specs = [
         (
-            StudySpec.from_yaml(one) if one.endswith(files) else load_preset(preset, one)
+            StudySpec.from_yaml(one) if one.endswith(files) else load_preset(preset or "quick", one)
         ).with_overrides(overrides)
         for one in named
     ]

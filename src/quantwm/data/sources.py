@@ -59,9 +59,10 @@ def open_data(folder: Path, task: Task) -> DataSet:
     """A folder that `quantwm collect` wrote, or one of DINO-WM's.
 
     Raises:
-        UsageError: the folder holds neither.
+        UsageError: the folder holds neither, or Wall's data in two folders.
         MismatchError: the data are another task's.
         CorruptFileError: a file is missing or damaged; names it.
+        QuantWMError: `quantwm collect` was interrupted and has not been run again.
     """
     store = TrajectoryFolder(folder)
     if store.exists():

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from quantwm.errors import CorruptFileError, MismatchError, UsageError
+from quantwm.errors import CorruptFileError, MismatchError, QuantWMError, UsageError
 from quantwm.files import atomic_path, sha256_file, write_json
 from quantwm.protocols import FloatArray
 
@@ -97,19 +97,25 @@ class TrajectoryFolder:
 
         Raises:
             UsageError: there is none, or it is of another format version.
-            CorruptFileError: it is no JSON.
+            CorruptFileError: it is no JSON, or not a data set's.
         """
         if not self.exists():
             raise UsageError(f"{self.folder} holds no data set (no dataset.json)")
         try:
-            index: dict[str, Any] = json.loads(self.index_path.read_text())
-        except json.JSONDecodeError as error:
+            index = json.loads(self.index_path.read_text("utf-8"))
+        except ValueError as error:  # also of text that is not UTF-8
             raise CorruptFileError(f"{self.index_path} is no valid JSON: {error}") from error
+        if not isinstance(index, dict):
+            raise CorruptFileError(f"{self.index_path} holds a {type(index).__name__}, not a dict")
         if index.get("format_version") != FORMAT_VERSION:
             raise UsageError(
                 f"{self.index_path} has format version {index.get('format_version')}, "
                 f"this quantwm reads {FORMAT_VERSION}"
             )
+        for key, needed in {"task": {"name"}, "origin": set(), "shards": set()}.items():
+            value = index.get(key)
+            if not isinstance(value, dict) or not needed <= value.keys():
+                raise CorruptFileError(f"{self.index_path} is damaged: its {key!r} is {value!r}")
         return index
 
     def begin(self, task: dict[str, Any], origin: dict[str, Any]) -> None:
@@ -120,11 +126,14 @@ class TrajectoryFolder:
             origin: how the trajectories come about: policy, seed, counts.
 
         Raises:
+            UsageError: the folder is a file.
             MismatchError: the folder holds other data.
+            QuantWMError: the folder cannot be written.
         """
+        if self.folder.is_file():
+            raise UsageError(f"{self.folder} is a file, not a folder; choose another place")
         wanted = {"format_version": FORMAT_VERSION, "task": task, "origin": origin}
         if not self.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.index_path, {**wanted, "shards": {}})
             return
         index = self.index()
@@ -165,8 +174,20 @@ class TrajectoryFolder:
         write_json(self.index_path, index)
 
     def load(self, split: str) -> Trajectories:
-        """All trajectories of a split ("train" or "validation")."""
+        """All trajectories of a split ("train" or "validation").
+
+        Raises:
+            UsageError: there is no data set or no such split.
+            QuantWMError: there are fewer than were to be collected.
+            CorruptFileError: a shard is missing or damaged; names it.
+        """
         parts = list(self._shards(split))
+        count, wanted = sum(map(len, parts)), self.index()["origin"].get(split, 0)
+        if count < wanted:
+            raise QuantWMError(
+                f"{self.folder} is incomplete: {count} of {wanted} {split} trajectories; run the "
+                "same 'quantwm collect' again"
+            )
         if not parts:
             raise UsageError(f"{self.folder} holds no {split} trajectories")
         return Trajectories.concatenate(parts)

@@ -11,9 +11,11 @@ from quantwm.evaluation import REFERENCES, Row
 from quantwm.statistics import PairedDifference, separable
 from quantwm.study.labels import ArmLabels
 from quantwm.study.results import TaskResults
+from quantwm.study.summary import mean_plan_seconds
 
-Role: TypeAlias = Literal["float", "quantized", "bound"]
-"""A bound is an arm that the model's predictions have no part in: an oracle, or random plans."""
+Role: TypeAlias = Literal["float", "other float", "quantized", "bound"]
+"""Float is the study's reference, other float a further float arm, such as one of another budget.
+A bound is an arm that the model's predictions have no part in: an oracle, or random plans."""
 Verdict: TypeAlias = Literal["reference", "lower", "higher", "not separable", "not compared"]
 
 _TOLERANCE = 1e-6
@@ -26,10 +28,12 @@ class Arm:
     Attributes:
         labels: what the arm is.
         success, low, high: success rate and its Wilson 95% interval.
-        difference: against float on the same episodes; None for float itself and where the
-            study did not compare.
+        difference: against the float arm of the same budget, else the study's, on the same
+            episodes; None for float itself and where the study did not compare.
         first_success_median: MPC iterations; None if no episode succeeded.
         bytes: of the stored model; oracles and random plans have none.
+        seconds: that its episodes took.
+        plan_seconds: planning time, seconds an episode.
         curve: success rate after MPC iteration 0, 1, ... to the maximum; empty without rows.
         failures: the arm's rows that failed.
     """
@@ -45,6 +49,7 @@ class Arm:
     first_success_median: float | None
     bytes: int | None
     seconds: float | None
+    plan_seconds: float
     note: str
     curve: tuple[float, ...]
     rows: tuple[Row, ...]
@@ -72,7 +77,7 @@ class Arm:
 
 
 def arms_of(results: TaskResults, summary: Sequence[Mapping[str, Any]]) -> list[Arm]:
-    """Arms in the order shown: float, the quantized arms as the summary has them, the bounds.
+    """Arms in the order shown: float, other float arms, the quantized ones, the bounds.
 
     Args:
         results: what the arms are, and their rows.
@@ -94,20 +99,18 @@ def arms_of(results: TaskResults, summary: Sequence[Mapping[str, Any]]) -> list[
                 raise MismatchError(
                     f"{which.format(name)}; run the study again to rewrite the summary"
                 )
-    reference = results.rows[results.reference] if results.reference is not None else []
-    arms = [
-        _arm(line, results.rows[name], results.arms[name], _role(name, results), reference)
-        for name, line in zip(names, summary, strict=True)
-    ]
-    order: tuple[Role, ...] = ("float", "quantized", "bound")
+    arms = [_arm(line, name, results) for name, line in zip(names, summary, strict=True)]
+    order: tuple[Role, ...] = ("float", "other float", "quantized", "bound")
     return sorted(arms, key=lambda arm: order.index(arm.role))
 
 
 def _role(name: str, results: TaskResults) -> Role:
-    """Only the first float arm is the one that others are compared with."""
-    if results.arms[name].kind in REFERENCES:
+    kind = results.arms[name].kind
+    if kind in REFERENCES:
         return "bound"
-    return "float" if name == results.reference else "quantized"
+    if kind == "float":
+        return "float" if name == results.reference else "other float"
+    return "quantized"
 
 
 def worst_arm(arms: Sequence[Arm]) -> Arm | None:
@@ -167,14 +170,9 @@ def number(value: object) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def _arm(
-    line: Mapping[str, Any],
-    rows: Sequence[Row],
-    labels: ArmLabels,
-    role: Role,
-    reference: Sequence[Row],
-) -> Arm:
-    name = str(line["arm"])
+def _arm(line: Mapping[str, Any], name: str, results: TaskResults) -> Arm:
+    rows = results.rows[name]
+    reference = results.float_rows(name) or []
     success, low, high = (_required(line, column) for column in ("success", "low", "high"))
     seen = sum(bool(row["success"]) for row in rows) / len(rows) if rows else success
     if abs(seen - success) > _TOLERANCE:
@@ -185,8 +183,8 @@ def _arm(
     stored = number(line.get("bytes"))
     return Arm(
         name=name,
-        labels=labels,
-        role=role,
+        labels=results.arms[name],
+        role=_role(name, results),
         episodes=int(_required(line, "episodes")),
         success=success,
         low=low,
@@ -195,6 +193,7 @@ def _arm(
         first_success_median=number(line.get("first_success_median")),
         bytes=None if stored is None else int(stored),
         seconds=number(line.get("seconds")),
+        plan_seconds=mean_plan_seconds(rows),  # summaries of older studies lack it
         note=str(line.get("note") or ""),
         curve=_curve(rows),
         rows=tuple(sorted(rows, key=lambda row: int(row["episode"]))),

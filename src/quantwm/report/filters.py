@@ -38,6 +38,16 @@ def filter_data(arm: Arm) -> dict[str, str]:
     return {"method": arm.labels.method, "width": arm.labels.width}
 
 
+def row_data(task: str, arm: Arm) -> dict[str, str]:
+    """The `data-` attributes of a table's row of one arm of a task, which the filter counts.
+
+    Args:
+        task: its key.
+        arm: the row's.
+    """
+    return filter_data(arm) | {"arm": f"{task} {arm.name}"}
+
+
 def _field(title: str, name: str, options: Sequence[tuple[str, str]]) -> str:
     boxes = "".join(
         f'<label><input type="checkbox" name="{name}" value="{escape(value)}">'

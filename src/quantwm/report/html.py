@@ -32,13 +32,16 @@ the exact McNemar test has p &lt; 0.05. Otherwise the episodes leave it open, an
 would narrow the interval. Won and lost count the episodes that only the arm, or only float,
 solved.</p>
 <p>Each interval stands for one comparison. Of twenty arms that equal float, up to about one would
-be called separable by chance.</p>
+be called separable by chance. <b>p, Holm</b>, where a table has it, is p corrected for all
+comparisons of that table: if only values below 0.05 are taken for differences, the chance that
+any of them is wrong is at most 0.05.</p>
 <p><b>Success</b> is read after each MPC iteration (a plan, then its execution) and is kept once
 reached; such an episode ends. The median counts the episodes that succeeded.
 <b>Oracle arms</b> plan with the simulator instead of the model's predictions: they show what
 planner and objective can reach, and have no stored model. <b>Random plans</b> are samples of the
 planner's noise that nothing chose: what chance reaches. <b>Seconds</b> are the time that the
-arm's episodes took.</p>
+arm's episodes took; planning alone is given as the mean over episodes, of which those planned
+together share the time evenly.</p>
 """
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantwm.report.arms import Arm
-from quantwm.report.filters import filter_data, width_order
+from quantwm.report.filters import row_data, width_order
 from quantwm.report.tables import Cell, Column, Line, Table, number, words
 from quantwm.report.text import decimal, escape, interval, megabytes, signed, signed_interval
 from quantwm.study.labels import ArmLabels
@@ -108,13 +108,13 @@ def iteration_table(task: str, group: str, panels: Sequence[Panel], reference: A
     lines = []
     if reference:
         cells = {"what": words("float")} | _cells(reference, iterations)
-        lines.append(Line(cells, data={"arm": f"{task} {reference.name}"}))
+        lines.append(Line(cells, data=row_data(task, reference)))
     for panel in panels:
         lines += [
             Line(
                 {"what": words(what)} | _cells(arm, iterations),
                 group=escape(panel.title),
-                data=filter_data(arm) | {"arm": f"{task} {arm.name}"},
+                data=row_data(task, arm),
             )
             for what, arm in panel.members
             if arm is not reference

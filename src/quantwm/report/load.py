@@ -126,7 +126,7 @@ def read_rows(path: Path, preset: str, *, task: Task | None = None) -> TaskRepor
         arm_summary(
             name,
             own,
-            results.rows.get(results.compared.get(name, "")),
+            results.float_rows(name),
             bytes=None,
             seconds=sum(row["plan_seconds"] for row in own),
         )
@@ -221,7 +221,8 @@ def _read_summary(path: Path) -> list[dict[str, str]]:
             lines = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CorruptFileError(_unreadable(path, str(error))) from error
-    absent = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    known = {*(reader.fieldnames or ()), "plan_seconds"}  # which the rows give as well
+    absent = [column for column in COLUMNS if column not in known]
     if absent:
         raise CorruptFileError(_unreadable(path, f"it lacks {', '.join(absent)}"))
     return lines

@@ -82,7 +82,7 @@ def bytes_plot(arms: Sequence[Arm], name: str) -> str:
             if arm.bytes is None:
                 _value(axes, y, "–")
                 continue
-            colour = INK if arm.role == "float" else ACCENT
+            colour = INK if arm.labels.kind == "float" else ACCENT
             axes.barh(y, arm.bytes / 1e6, height=0.5, color=colour)
             _value(axes, y, megabytes(arm.bytes))
         ticks = [t for t in MaxNLocator(3).tick_values(0, largest) if 0 <= t <= largest]
@@ -166,13 +166,13 @@ def _lines(arms: Sequence[Arm]) -> tuple[Figure, Axes, list[float]]:
 def _colour(arm: Arm) -> str:
     if arm.role == "quantized":
         return WARN if arm.verdict == "lower" else ACCENT
-    return INK if arm.role == "float" else MUTED
+    return MUTED if arm.role == "bound" else INK
 
 
 def _interval(axes: Axes, arm: Arm, y: float, shown: tuple[float, float, float]) -> None:
     """A marker in its interval (low, value, high): shape says the role, filling separability."""
     low, value, high = shown
-    marker = {"float": "s", "bound": "D", "quantized": "o"}[arm.role]
+    marker = {"bound": "D", "quantized": "o"}.get(arm.role, "s")
     separable = arm.verdict in ("lower", "higher")
     colour = _colour(arm)
     style = (0, (2, 2)) if arm.role == "bound" else "-"

@@ -14,7 +14,7 @@ from quantwm.report.arms import Arm
 from quantwm.report.arms import number as finite
 from quantwm.report.document import Part
 from quantwm.report.filmstrip import Still, Strip
-from quantwm.report.filters import filter_data
+from quantwm.report.filters import filter_data, row_data
 from quantwm.report.layouts import LABEL_KEYS, label_cells, verdict_cell
 from quantwm.report.tables import Cell, Column, Line, Table, data_attributes, number, words
 from quantwm.report.text import (
@@ -27,13 +27,22 @@ from quantwm.report.text import (
     signed,
     signed_interval,
 )
+from quantwm.statistics import holm
 
 _MOST_GRID_COLUMNS = 100
 _BOUNDS = "Oracles, which know more than a planner may, and random plans: no competitors"
 
 
 def arms_table(arms: Sequence[Arm], name: str) -> list[Part]:
-    """Every arm's numbers, bounds in a group of their own, and the notes below."""
+    """Every arm's numbers, bounds in a group of their own, and the notes below.
+
+    Args:
+        arms: of one task.
+        name: the task's key.
+    """
+    p_values = {arm.name: finite(arm.difference.p_value) for arm in arms if arm.difference}
+    known = {arm: p_value for arm, p_value in p_values.items() if p_value is not None}
+    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
     columns = [
         Column("arm", "Arm", "pin"),
         *[Column(key) for key in LABEL_KEYS],
@@ -46,14 +55,17 @@ def arms_table(arms: Sequence[Arm], name: str) -> list[Part]:
         Column("won_lost", "Won / lost<br>episodes", "number", stored=False),
         *[Column(key) for key in ("won", "lost")],
         Column("p_value", "p", "number"),
+        Column("p_holm", "p, Holm", "number"),
         Column("verdict", "Separable<br>from float"),
         Column("first_success_median", "Median MPC iterations<br>to success", "number"),
         Column("bytes", "Stored", "number"),
         Column("seconds", "Seconds", "number"),
+        Column("plan_seconds", "Planning,<br>s an episode", "number"),
         Column("episodes", "Episodes", "number"),
         Column("note"),
     ]
-    table = Table(f"{name}-arms", "Table of arms", columns, [_arm_line(arm) for arm in arms])
+    lines = [_arm_line(arm, name, adjusted.get(arm.name)) for arm in arms]
+    table = Table(f"{name}-arms", "Table of arms", columns, lines)
     notes = "".join(
         f'<p class="hint"><b>{escape(arm.name)}</b>: {escape(arm.note)}.</p>'
         for arm in arms
@@ -62,7 +74,7 @@ def arms_table(arms: Sequence[Arm], name: str) -> list[Part]:
     return [table, notes]
 
 
-def _arm_line(arm: Arm) -> Line:
+def _arm_line(arm: Arm, task: str, p_holm: float | None) -> Line:
     cells = {
         "arm": words(arm.name),
         **label_cells(arm.labels),
@@ -76,6 +88,7 @@ def _arm_line(arm: Arm) -> Line:
         ),
         "bytes": number(arm.bytes, megabytes(arm.bytes)),
         "seconds": number(arm.seconds, decimal(arm.seconds, 0)),
+        "plan_seconds": number(arm.plan_seconds, decimal(arm.plan_seconds, 1)),
         "episodes": number(arm.episodes, str(arm.episodes)),
         "note": Cell(value=arm.note or None),
     }
@@ -90,9 +103,10 @@ def _arm_line(arm: Arm) -> Line:
             "won": Cell(value=one.wins),
             "lost": Cell(value=one.losses),
             "p_value": number(p_value, probability(p_value)),
+            "p_holm": number(p_holm, probability(p_holm)),
         }
     group = _BOUNDS if arm.role == "bound" else ""
-    return Line(cells, group, filter_data(arm))
+    return Line(cells, group, row_data(task, arm))
 
 
 def comparison(arms: Sequence[Arm], name: str) -> str:

@@ -54,7 +54,7 @@ class Line:
     Attributes:
         cells: by the key of their column; what is missing is shown as absent.
         group: HTML of the heading above this and its neighbours of the same group.
-        data: what the page's filter goes by: method, width.
+        data: what the page's filter goes by: task, arm, method, width.
     """
 
     cells: Mapping[str, Cell]

@@ -10,7 +10,7 @@ from quantwm.report.filmstrip import SIDE, SMALL_SIDE, choose_scenes, strips
 from quantwm.report.filters import filter_data
 from quantwm.report.headline import headline
 from quantwm.report.interventions import causes, interventions, judged
-from quantwm.report.layouts import GROUPS, Panel, iteration_table, panels_of
+from quantwm.report.layouts import GROUPS, Panel, group_of, iteration_table, panels_of
 from quantwm.report.load import TaskReport, slug
 from quantwm.report.objective import objective
 from quantwm.report.published import claim
@@ -56,7 +56,7 @@ def task_sections(
     verdicts = judged(task)
     name, key = task.key, task.key
     large = is_large(task)
-    middle = _large(task, styles, findings, brief=brief) if large else _small(task)
+    middle = (_large if large else _small)(task, styles, findings, brief=brief)
     frames = _frames(task, causes(verdicts), brief=brief)
     shown = [
         *middle,
@@ -68,7 +68,8 @@ def task_sections(
     if brief:
         return shown
     grid = sections.episode_grid(task.arms, name)
-    fails: list[Part] = [claim("failures", findings, task.results.task) if large else ""]
+    failed = any(arm.failures for arm in task.arms)
+    fails: list[Part] = [claim("failures", findings, task.results.task) if failed else ""]
     fails += sections.failures(task.arms, name)
     setup = sections.reproduction(task.rows, task.config, task.environment)
     return [
@@ -85,14 +86,19 @@ def method_styles(arms: Sequence[Arm]) -> dict[str, Style]:
     return styles_of(sorted(methods, key=lambda method: method != "rtn"))
 
 
-def _small(task: TaskReport) -> list[Section]:
+def _small(
+    task: TaskReport, styles: Mapping[str, Style], findings: Sequence[Finding], *, brief: bool
+) -> list[Section]:
     name, key = task.key, task.key
-    told: list[Part] = [headline(task), *sections.arms_table(task.arms, name)]
+    groups = {group_of(arm) for arm in task.arms}
+    claims = [claim(group, findings, task.results.task) for group in GROUPS if group in groups]
+    told: list[Part] = [headline(task), *claims, *sections.arms_table(task.arms, name)]
     plots, curves = sections.comparison(task.arms, name), sections.iterations(task.arms, name)
     return [
         Section(f"{name}-arms", "Arms", told, task=key),
         Section(f"{name}-comparison", "Success and size by arm", [plots], task=key),
         Section(f"{name}-iterations", "Success by MPC iteration", [curves], task=key),
+        *([] if brief else [objective(task, styles, findings)]),
     ]
 
 

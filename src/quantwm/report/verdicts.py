@@ -39,7 +39,7 @@ def verdicts(findings: Sequence[Finding], titles: Titles, *, table: bool = True)
     if tested and table:
         parts += [
             "<details><summary>All evidence as a table</summary>",
-            _table(tested),
+            _table(tested, titles),
             "</details>",
         ]
     if untested := _untested([one for one in ordered if one not in tested]):
@@ -59,7 +59,7 @@ _HINT = (
 def _verdict(finding: Finding, titles: Titles) -> str:
     places = titles.get(finding.task or "", ())
     where = places[0][1] if places else (finding.task or "All tasks")
-    data = data_attributes({"task": places[0][0]}) if len(places) == 1 else ""
+    data = data_attributes(_data(finding, titles))
     needed = finding.episodes_needed
     open_still = finding.verdict == "undecided" and needed is not None
     more = f"; {plural(needed or 0, 'episode')} an arm would decide it" if open_still else ""
@@ -69,6 +69,12 @@ def _verdict(finding: Finding, titles: Titles) -> str:
         f"<b>{escape(where)}</b>: {_telling(finding)}{more}</summary>"
         f"{clauses(finding.evidence)}{lacking}</details>"
     )
+
+
+def _data(finding: Finding, titles: Titles) -> dict[str, str]:
+    """What the page's filter goes by: the finding's task, if it is that of one section."""
+    places = titles.get(finding.task or "", ())
+    return {"task": places[0][0]} if len(places) == 1 else {}
 
 
 def _chip(verdict: str) -> str:
@@ -145,7 +151,7 @@ def _untested(findings: Sequence[Finding]) -> str:
     )
 
 
-def _table(findings: Sequence[Finding]) -> Table:
+def _table(findings: Sequence[Finding], titles: Titles) -> Table:
     lines = [
         Line(
             {
@@ -164,7 +170,8 @@ def _table(findings: Sequence[Finding]) -> Table:
                 if finding.episodes_needed is not None
                 else Cell(),
                 "note": words(clause.note) if clause.note else Cell(),
-            }
+            },
+            data=_data(finding, titles),
         )
         for finding in findings
         for clause in finding.evidence

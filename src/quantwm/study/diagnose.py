@@ -52,8 +52,8 @@ class Diagnosis:
 class Diagnoses:
     """The diagnoses of a study, made by any number of workers.
 
-    An arm whose costs are not finite gets a file that says so. A planner without a population has
-    no candidates to rank, so that there is nothing to diagnose.
+    An arm or scheme whose costs are not finite gets a file that says so. A planner without a
+    population has no candidates to rank, so that there is nothing to diagnose.
 
     Args:
         prepared: the study; its cells are finished.
@@ -165,18 +165,22 @@ class Diagnoses:
 
     def _sensitivity(self, scheme: str) -> None:
         """Every layer alone at a scheme."""
-        found = self._staged(
-            f"sensitivity to {scheme}",
-            lambda update: diagnose_sensitivity(
-                self._prepared.world_model,
-                self._prepared.task,
-                scheme,
-                calibration=self._work.calibration_for(scheme),
-                progress=update,
-                **self._common,
-            ),
-        )
-        self._write(self._path("sensitivity", scheme), scheme, found.to_dict())
+        label = f"sensitivity to {scheme}"
+        try:
+            found = self._staged(
+                label,
+                lambda update: diagnose_sensitivity(
+                    self._prepared.world_model,
+                    self._prepared.task,
+                    scheme,
+                    calibration=self._work.calibration_for(scheme),
+                    progress=update,
+                    **self._common,
+                ),
+            ).to_dict()
+        except NonFiniteError as error:
+            found = {"kind": "failed", "error": str(error), "arm": label}
+        self._write(self._path("sensitivity", scheme), scheme, found)
 
     def _path(self, kind: str, what: str) -> Path:
         return self._folder / f"{kind}-{what}.json"

@@ -37,6 +37,8 @@ _SUFFIXES = {"token": "-token", "frame": "-dynamic"}
 
 Verdict: TypeAlias = Literal["supported", "contradicted", "undecided"]
 Rule: TypeAlias = Callable[[PairedDifference], Verdict]
+Decide: TypeAlias = Callable[[Sequence[Verdict]], Verdict]
+"""A statement's verdict from those of its clauses, in their order."""
 Pair: TypeAlias = tuple[Successes, Successes]
 
 
@@ -63,6 +65,11 @@ class Evidence:
     verdict: Verdict
     note: str = ""
 
+    def noted(self, note: str, verdict: Verdict | None = None) -> "Evidence":
+        """The evidence with a remark added, and another verdict where one is given."""
+        notes = "; ".join(part for part in (self.note, note) if part)
+        return replace(self, note=notes, verdict=verdict or self.verdict)
+
 
 @dataclass(frozen=True)
 class Clause:
@@ -73,22 +80,27 @@ class Clause:
         episodes_needed: after how many episodes, if what was seen goes on; None where it is
             decided or that cannot be told.
         missing: arms that were not there to compare, in their short form.
+        expected: the verdict after so many episodes.
     """
 
     evidence: Evidence
     episodes_needed: int | None = None
     missing: tuple[str, ...] = ()
+    expected: Verdict = "undecided"
 
     @property
     def verdict(self) -> Verdict:
         """The verdict of the evidence."""
         return self.evidence.verdict
 
+    def after(self, episodes: int) -> Verdict:
+        """The verdict after a number of episodes, if what was seen goes on."""
+        needed = self.episodes_needed
+        return self.verdict if needed is None or needed > episodes else self.expected
+
     def noted(self, note: str, verdict: Verdict | None = None) -> "Clause":
         """The clause with a remark added, and another verdict where one is given."""
-        notes = "; ".join(part for part in (self.evidence.note, note) if part)
-        evidence = replace(self.evidence, note=notes, verdict=verdict or self.verdict)
-        return replace(self, evidence=evidence)
+        return replace(self, evidence=self.evidence.noted(note, verdict))
 
 
 def keeps(margin: float = MARGIN) -> Rule:
@@ -127,12 +139,16 @@ def compare(
 ) -> Clause:
     """A clause on the mean difference of one or more pairs of arms on the same episodes."""
     seen = pooled_difference(pairs, confidence=confidence)
-    verdict = rule(seen)
+    verdict = expected = rule(seen)
     needed = None
+
+    def decides(later: PairedDifference) -> bool:
+        nonlocal expected
+        expected = rule(later)
+        return expected != "undecided"
+
     if verdict == "undecided":
-        needed = episodes_needed(
-            pairs, lambda later: rule(later) != "undecided", confidence=confidence
-        )
+        needed = episodes_needed(pairs, decides, confidence=confidence)
     evidence = Evidence(
         text,
         seen.difference,
@@ -143,7 +159,7 @@ def compare(
         verdict,
         f"{seen.wins} won, {seen.losses} lost of {seen.n}",
     )
-    return Clause(evidence, needed)
+    return Clause(evidence, needed, expected=expected)
 
 
 def absent(
@@ -203,16 +219,22 @@ class Arms:
     def pairs(self, names: Sequence[tuple[str, str]]) -> list[Pair]:
         """Successes of (treatment, reference) arms on the episodes that all of them met.
 
+        A pair's rows are of one origin (`TaskResults.together`); none are left without one.
+
         Raises:
             UsageError: an arm met an episode twice.
         """
-        by_seed = {name: self._by_seed(name) for pair in names for name in pair}
-        common = sorted(set.intersection(*(set(found) for found in by_seed.values())))
-        column = {
-            name: np.array([found[seed] for seed in common], np.bool_)
-            for name, found in by_seed.items()
-        }
-        return [(column[treatment], column[reference]) for treatment, reference in names]
+        by_seed = [
+            tuple(self._by_seed(name, own) for name, own in zip(pair, rows, strict=True))
+            for pair in names
+            for rows in (self.results.together(*pair) or ((), ()),)
+        ]
+        common = sorted(set.intersection(*(set(found) for pair in by_seed for found in pair)))
+        columns = [
+            [np.array([found[seed] for seed in common], np.bool_) for found in pair]
+            for pair in by_seed
+        ]
+        return [(treatment, reference) for treatment, reference in columns]
 
     def difference(
         self,
@@ -269,11 +291,10 @@ class Arms:
             return absent(text, f"no arm {', '.join(missing)}", margin, missing)
         pairs = self.pairs([(str(first), str(second)) for first, second in named])
         if len(pairs[0][0]) == 0:
-            return absent(text, "the arms share no episode", margin)
+            return absent(text, "the arms share no episode that was computed alike", margin)
         return compare(text, pairs, rule, margin=margin, confidence=confidence)
 
-    def _by_seed(self, name: str) -> dict[int, bool]:
-        rows = self.rows(name)
+    def _by_seed(self, name: str, rows: Sequence[Row]) -> dict[int, bool]:
         found = {int(row["episode_seed"]): bool(row["success"]) for row in rows}
         if len(found) < len(rows):
             raise UsageError(
@@ -283,31 +304,40 @@ class Arms:
         return found
 
 
-def together(clauses: Sequence[Clause]) -> Verdict:
+def together(verdicts: Sequence[Verdict]) -> Verdict:
     """The verdict of a statement that says all of its clauses.
 
     Support keeps the error of each clause. A single clause contradicts, so that of k clauses the
     chance to contradict wrongly is at most k times that of one (0.025).
     """
-    verdicts = {clause.verdict for clause in clauses}
     if "contradicted" in verdicts:
         return "contradicted"
-    return "supported" if verdicts == {"supported"} else "undecided"
+    return "supported" if set(verdicts) == {"supported"} else "undecided"
 
 
-def needed_by(clauses: Sequence[Clause]) -> int | None:
-    """Episodes that would decide every undecided clause; None where one can not be told."""
-    needed = [clause.episodes_needed for clause in clauses if clause.verdict == "undecided"]
-    known = [number for number in needed if number is not None]
-    return max(known) if known and len(known) == len(needed) else None
+def every_one(verdicts: Sequence[Verdict]) -> Verdict:
+    """Decided, one way or the other, once each clause is."""
+    return "undecided" if "undecided" in verdicts else "supported"
 
 
-def pointless(clauses: Sequence[Clause], note: str) -> list[Clause]:
+def needed_by(clauses: Sequence[Clause], decide: Decide = every_one) -> int | None:
+    """Episodes after which a statement would be decided; None where that can not be told.
+
+    Args:
+        clauses: those of the statement.
+        decide: its verdict from theirs.
+    """
+    numbers = {clause.episodes_needed for clause in clauses}
+    for number in sorted(known for known in numbers if known is not None):
+        if decide([clause.after(number) for clause in clauses]) != "undecided":
+            return number
+    return None
+
+
+def noted_if_it_works(clauses: Sequence[Clause], note: str) -> list[Clause]:
     """Clauses of a statement about a failure, of which the first says that there is one.
 
-    Where there is none, it is noted, and more episodes are not asked for: they would not help.
+    Where there is none, that is noted.
     """
     first, *others = clauses
-    if first.verdict != "contradicted":
-        return list(clauses)
-    return [first.noted(note), *(replace(clause, episodes_needed=None) for clause in others)]
+    return [first.noted(note) if first.verdict == "contradicted" else first, *others]

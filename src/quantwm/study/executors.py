@@ -20,6 +20,7 @@ import torch
 
 from quantwm.errors import MissingExtraError, QuantWMError, UsageError
 from quantwm.study.estimate import estimated_seconds
+from quantwm.study.gate import gate_of
 from quantwm.study.prepare import Prepared
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import StudyProgress
@@ -165,7 +166,12 @@ class Slurm:
     def run(
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
     ) -> None:
-        """Submit the reference arms, then all others, until nothing is left; or the diagnoses."""
+        """Submit the reference arms, then all others, until nothing is left; or the diagnoses.
+
+        Raises:
+            GateError: the float arm fails; no job is submitted for quantized arms.
+            QuantWMError: jobs end again and again without a result.
+        """
         show = _bar(progress, f"{self.cluster} jobs")
         folder = ResultsFolder(job.folder)
 
@@ -180,14 +186,16 @@ class Slurm:
             done, total = watch()
             return [job] * min(self.most_jobs, total - done)
 
-        first = [name for name in prepared.order if prepared.arm(name).plan is None]
-        others = [name for name in prepared.order if name not in first]
+        quantized = [n for n in prepared.order if prepared.cells[n].kind == "quantized"]
+        references = [name for name in prepared.order if name not in quantized]
         try:
             if job.stage == "diagnoses":
                 self._until_none_is_left(diagnoses_left, job, lambda: show(*watch()))
             else:
-                for names in (first, others):
-                    self._until_none_is_left(left_of(names), job, lambda: show(*watch()))
+                self._until_none_is_left(left_of(references), job, lambda: show(*watch()))
+                if any(_is_open(name, prepared, folder) for name in quantized):
+                    gate_of(prepared, folder)
+                self._until_none_is_left(left_of(quantized), job, lambda: show(*watch()))
         finally:
             if progress is not None:
                 progress.finish()

@@ -2,7 +2,8 @@
 
 Every statement is a rule that declares the arms it reads and its least number of episodes; the
 rules of comparison are those of `quantwm.study.evidence`, with a margin of 0.10. A statement is
-undecided, whatever its clauses say, while an arm is missing or an arm has too few episodes.
+undecided, whatever its clauses say, while an arm is missing or an arm has too few episodes, and
+where float succeeds too rarely for the study's gate.
 
 1. Supported if w8 and w8a8 both keep the success of float; contradicted if either falls short.
 2. Supported if w4 (per channel) is lower than float, w4g128 keeps float's success and is higher
@@ -31,12 +32,13 @@ from quantwm.study.arms import Arm
 from quantwm.study.evidence import (
     Arms,
     Clause,
+    Decide,
     Evidence,
     Verdict,
     falls_short,
     keeps,
     needed_by,
-    pointless,
+    noted_if_it_works,
     together,
 )
 from quantwm.study.findings_rules import RULES
@@ -90,19 +92,15 @@ def findings_of(results: Sequence[TaskResults]) -> list[Finding]:
     found = []
     for one in results:
         for rule in RULES:
-            verdict, clauses = rule.judge(Arms(one))
-            missing = [short for clause in clauses for short in clause.missing]
-            found.append(
-                _concluded(
-                    rule.number,
-                    rule.statement,
-                    one.task,
-                    verdict,
-                    clauses,
-                    tuple(dict.fromkeys(missing)),
-                    rule.least_episodes,
-                )
+            finding = _concluded(
+                rule.number,
+                rule.statement,
+                one.task,
+                rule.judge(Arms(one)),
+                rule.decide,
+                rule.least_episodes,
             )
+            found.append(_gated(finding, one))
     return [*found, _across(results)]
 
 
@@ -116,29 +114,49 @@ def _concluded(
     number: int,
     statement: str,
     task: str | None,
-    verdict: Verdict,
     clauses: Sequence[Clause],
-    missing: tuple[str, ...],
+    decide: Decide,
     least: int,
 ) -> Finding:
     """The finding, undecided where an arm is missing or has fewer than the least episodes."""
     evidence = tuple(clause.evidence for clause in clauses)
+    missing = tuple(dict.fromkeys(short for clause in clauses for short in clause.missing))
+    verdict = decide([clause.verdict for clause in clauses])
+    needed = needed_by(clauses, decide) if verdict == "undecided" else None
     n = min((one.n for one in evidence if one.n), default=0)
-    needed = None
     if missing:
-        verdict = "undecided"
+        verdict, needed = "undecided", None
     elif n < least:
-        verdict, needed = "undecided", max(least, needed_by(clauses) or 0)
-    elif verdict == "undecided":
-        needed = needed_by(clauses)
+        verdict, needed = "undecided", max(least, needed or 0)
     return Finding(number, statement, task, verdict, evidence, needed, missing)
+
+
+def _gated(finding: Finding, results: TaskResults) -> Finding:
+    """The finding, undecided where float is below the gate of a task that it is about."""
+    arms = Arms(results)
+    name = arms.find("float")
+    if name is None:
+        return finding
+    successes = [bool(row["success"]) for row in arms.rows(name)]
+    rate = sum(successes) / len(successes)
+    if rate >= results.gate:
+        return finding
+    note = (
+        f"float reaches {rate:.2f}, below the gate of {results.gate:.2f}: a model that fails in "
+        "float says nothing about quantization"
+    )
+    about = f"{results.task}: " if finding.task is None else ""
+    evidence = tuple(
+        one.noted(note, "undecided") if one.text.startswith(about) else one
+        for one in finding.evidence
+    )
+    return replace(finding, verdict="undecided", evidence=evidence, episodes_needed=None)
 
 
 def _across(results: Sequence[TaskResults]) -> Finding:
     first = {one.task: one for one in reversed(results)}
     labels = labels_of(Arm.parse(FAILING))
     clauses: list[Clause] = []
-    fail = True
     for task in (BREAKDOWN, OFF_COURSE):
         arms = Arms(first.get(task) or TaskResults(task, {}, {}))
         fails = _with_cause(arms, arms.difference(labels, "float", falls_short()))
@@ -148,11 +166,18 @@ def _across(results: Sequence[TaskResults]) -> Finding:
             own.append(
                 arms.difference(back, "float", falls_short(), about="float encoder put back")
             )
-        fail = fail and fails.verdict == "supported"
-        clauses += [_in_task(task, clause) for clause in pointless(own, "it does not fail here")]
-    missing = tuple(dict.fromkeys(short for clause in clauses for short in clause.missing))
-    verdict = together(clauses) if fail else "undecided"
-    return _concluded(6, _MODES, None, verdict, clauses, missing, _MODES_LEAST)
+        own = noted_if_it_works(own, "it does not fail here")
+        clauses += [_in_task(task, clause) for clause in own]
+    finding = _concluded(6, _MODES, None, clauses, _if_both_fail, _MODES_LEAST)
+    for task in (BREAKDOWN, OFF_COURSE):
+        finding = _gated(finding, first[task]) if task in first else finding
+    return finding
+
+
+def _if_both_fail(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of two clauses in Wall and three in PushT; the first of each says that the arm fails."""
+    fail = verdicts[0] == verdicts[2] == "supported"
+    return together(verdicts) if fail else "undecided"
 
 
 def _with_cause(arms: Arms, clause: Clause) -> Clause:

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from quantwm.diagnostics.alignment import objective_fall
 from quantwm.statistics import (
@@ -21,6 +20,7 @@ from quantwm.study.evidence import (
     MARGIN,
     Arms,
     Clause,
+    Decide,
     Evidence,
     Verdict,
     absent,
@@ -28,7 +28,7 @@ from quantwm.study.evidence import (
     is_higher,
     is_lower,
     keeps,
-    pointless,
+    noted_if_it_works,
     together,
 )
 from quantwm.study.labels import ArmLabels, labels_of
@@ -44,8 +44,6 @@ BUDGETS = (("steps", 20), ("mpc_iterations", 24))
 FALLING = 0.8
 """Share of episodes in which "the objective still falls"."""
 
-Judgement: TypeAlias = tuple[Verdict, list[Clause]]
-
 
 @dataclass(frozen=True)
 class FindingRule:
@@ -57,51 +55,60 @@ class FindingRule:
         reads: the arms it reads, in their short form.
         least_episodes: fewer leave it undecided, whatever they show: about where a clause could
             not be supported even if no episode spoke against it.
-        judge: verdict and clauses.
+        judge: its clauses.
+        decide: its verdict from theirs.
     """
 
     number: int
     statement: str
     reads: tuple[str, ...]
     least_episodes: int
-    judge: Callable[[Arms], Judgement]
+    judge: Callable[[Arms], list[Clause]]
+    decide: Decide = together
 
 
-def _eight_bits(arms: Arms) -> Judgement:
-    clauses = [arms.difference(arm, "float", keeps()) for arm in ("w8", "w8a8")]
-    return together(clauses), clauses
+def _eight_bits(arms: Arms) -> list[Clause]:
+    return [arms.difference(arm, "float", keeps()) for arm in ("w8", "w8a8")]
 
 
-def _groups(arms: Arms) -> Judgement:
-    clauses = [
+def _groups(arms: Arms) -> list[Clause]:
+    return [
         arms.difference("w4", "float", is_lower(), about="4 bits per channel are unstable"),
         arms.difference("w4g128", "float", keeps(), about="groups keep the success of float"),
         arms.difference("w4g128", "w4", is_higher(), about="groups gain on channels"),
         arms.difference("w3g128", "float", falls_short(), about="groups do not rescue 3 bits"),
     ]
-    return together(clauses), clauses
 
 
-def _granularity(arms: Arms) -> Judgement:
+def _granularity(arms: Arms) -> list[Clause]:
     # A wrong verdict takes one wrong clause of k, all on one side of their intervals: the chance
     # of one is at most 0.05 if each side misses with a chance of 0.05 / k.
     confidence = 1 - 2 * SIGNIFICANCE / len(PER_TOKEN)
     clauses = [
-        arms.difference(f"{width}-token", width, is_higher(), confidence=confidence).noted(
+        arms.difference(f"{width}-token", width, _gains, confidence=confidence).noted(
             f"{100 * confidence:.1f}% interval"
         )
         for width in PER_TOKEN
     ]
     adjusted = holm([_p_value(arms, width) for width in PER_TOKEN])
     for number, (clause, p) in enumerate(zip(clauses, adjusted, strict=True)):
-        if clause.verdict == "supported" and p >= SIGNIFICANCE:
-            clauses[number] = clause.noted(f"p = {p:.2g} after Holm", "undecided")
-    seen = [clause.verdict for clause in clauses]
-    if "supported" in seen and "contradicted" in seen:
-        return "supported", clauses
-    if seen in (["supported"] * len(seen), ["contradicted"] * len(seen)):
-        return "contradicted", clauses
-    return "undecided", clauses
+        if clause.verdict == "undecided" and (clause.evidence.low or 0.0) > 0:
+            verdict: Verdict = "supported" if p < SIGNIFICANCE else "undecided"
+            clauses[number] = clause.noted(f"p = {p:.2g} after Holm", verdict)
+    return clauses
+
+
+def _gains(seen: PairedDifference) -> Verdict:
+    """A gain whatever the other widths show; Holm's correction may find one sooner."""
+    verdict = is_higher()(seen)
+    certain = seen.p_value < SIGNIFICANCE / len(PER_TOKEN)
+    return "undecided" if verdict == "supported" and not certain else verdict
+
+
+def _inconsistently(verdicts: Sequence[Verdict]) -> Verdict:
+    if {"supported", "contradicted"} <= set(verdicts):
+        return "supported"
+    return "undecided" if "undecided" in verdicts else "contradicted"
 
 
 def _p_value(arms: Arms, width: str) -> float:
@@ -112,7 +119,7 @@ def _p_value(arms: Arms, width: str) -> float:
     return paired_difference(treatment, reference).p_value if len(treatment) else 1.0
 
 
-def _sides(arms: Arms) -> Judgement:
+def _sides(arms: Arms) -> list[Clause]:
     pairs = [(f"encoder:{width}", f"predictor:{width}") for width in SIDE_WIDTHS]
     alone = [arms.difference(*pair, is_lower()) for pair in pairs]
     all_equal = all(_within_margin(clause.evidence) for clause in alone)
@@ -123,7 +130,11 @@ def _sides(arms: Arms) -> Judgement:
         return "supported" if separable(seen) else "undecided"
 
     pooled = arms.pooled(pairs, rule, about="mean over widths", margin=None)
-    return pooled.verdict, [pooled, *alone]
+    return [pooled, *alone]
+
+
+def _by_the_first(verdicts: Sequence[Verdict]) -> Verdict:
+    return verdicts[0]
 
 
 def _within_margin(evidence: Evidence) -> bool:
@@ -131,14 +142,16 @@ def _within_margin(evidence: Evidence) -> bool:
     return low is not None and high is not None and low > -MARGIN and high < MARGIN
 
 
-def _misalignment(arms: Arms) -> Judgement:
+def _misalignment(arms: Arms) -> list[Clause]:
     judged = [_misaligned(arms, width) for width in LOW_WIDTHS]
     # A width that does not fail, or lacks a budget, tells less than a later one that has all.
     usable = (clauses for clauses in judged if clauses[0].verdict == "supported" and _full(clauses))
     clauses = next(usable, judged[0])
-    if clauses[0].verdict != "supported":
-        return "undecided", pointless(clauses, "it does not fail: there is nothing to repair")
-    return together(clauses), clauses
+    return noted_if_it_works(clauses, "it does not fail: there is nothing to repair")
+
+
+def _if_it_fails(verdicts: Sequence[Verdict]) -> Verdict:
+    return together(verdicts) if verdicts[0] == "supported" else "undecided"
 
 
 def _full(clauses: Sequence[Clause]) -> bool:
@@ -222,6 +235,7 @@ RULES: tuple[FindingRule, ...] = (
         tuple(arm for width in PER_TOKEN for arm in (width, f"{width}-token")),
         40,
         _granularity,
+        _inconsistently,
     ),
     FindingRule(
         4,
@@ -229,6 +243,7 @@ RULES: tuple[FindingRule, ...] = (
         tuple(f"{side}:{width}" for width in SIDE_WIDTHS for side in ("encoder", "predictor")),
         16,
         _sides,
+        _by_the_first,
     ),
     FindingRule(
         5,
@@ -237,6 +252,7 @@ RULES: tuple[FindingRule, ...] = (
         ("float", "w3", *(f"w3/{key}={value}" for key, value in BUDGETS)),
         16,
         _misalignment,
+        _if_it_fails,
     ),
 )
 """Statements 1 to 5."""

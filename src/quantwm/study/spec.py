@@ -1,5 +1,6 @@
 """A study as a YAML file: which arms plan in which task, and under which settings."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -11,8 +12,11 @@ import yaml
 from quantwm.calibration import DEFAULT_EPISODES, DEFAULT_SAMPLES
 from quantwm.checks import is_integer, is_number, parsed
 from quantwm.compute import DTYPES, parse_bytes
+from quantwm.envs import TASKS
 from quantwm.errors import UsageError, unknown_name
+from quantwm.planning.cem import CEM
 from quantwm.planning.defaults import default_iterations
+from quantwm.planning.planners import PLANNERS
 from quantwm.quant import LayerScheme
 from quantwm.seeds import BLOCKS, MAX_EPISODES, MAX_SEED, SeedBlock
 from quantwm.study.arms import Arm, parse_arms
@@ -161,6 +165,7 @@ class StudySpec:
         Raises:
             UsageError: an unknown key (with the nearest known), a missing one, or a bad value.
         """
+        recorded = RECORD in values
         values = {key: value for key, value in values.items() if key != RECORD}
         version = values.pop("version", VERSION)
         if version != VERSION:
@@ -175,6 +180,8 @@ class StudySpec:
         task = values["task"]
         values["task"] = {"name": task} if isinstance(task, str) else _mapping("task", task)
         values["planner"] = _mapping("planner", values.get("planner", {}))
+        if not recorded:  # what has run may have planned with a task or planner of one's own
+            _check_own_settings(values["task"], values["planner"])
         for key, settings in (
             ("calibration", CalibrationSettings),
             ("diagnostics", DiagnosticsSettings),
@@ -190,7 +197,8 @@ class StudySpec:
         """Read a study file; a results folder's `config.yaml` is one.
 
         Raises:
-            UsageError: the file is missing, no YAML mapping, or a setting is wrong.
+            UsageError: the file is missing, no YAML mapping, or a setting is wrong or given
+                twice.
         """
         try:
             text = Path(path).read_text()
@@ -199,6 +207,9 @@ class StudySpec:
             raise UsageError(f"cannot read the study {path}: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is no YAML: {error}") from error
+        for key in _repeated(yaml.compose(text)):
+            line = key.start_mark.line + 1
+            raise UsageError(f"{path}, line {line}: {key.value!r} is given twice; leave one")
         if not isinstance(values, dict):
             raise UsageError(f"{path} must map settings to values, as in 'episodes: 16'")
         try:
@@ -312,6 +323,32 @@ def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
         for key, value in node.value:
             yield from _scalars(key)
             yield from _scalars(value)
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    """Keys of a YAML text that their mapping has already: YAML takes the last one silently."""
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[tuple[str, str]] = set()
+        for key, _ in children:
+            if (key.tag, str(key.value)) in seen:
+                yield key
+            seen.add((key.tag, str(key.value)))
+        children = [value for _, value in children]
+    for child in children:
+        yield from _repeated(child)
+
+
+def _check_own_settings(task: Mapping[str, Any], planner: Mapping[str, Any]) -> None:
+    """Refuse settings that a task or planner of quantwm does not have."""
+    name = str(task.get("name"))
+    if name in TASKS:
+        known = ["name", "version", *inspect.signature(TASKS[name]).parameters]
+        _check_keys(f"{name} setting", task, known)
+    name = str(planner.get("name", CEM.name))
+    if name in PLANNERS:
+        known = ["name", "preset", *(one.name for one in fields(PLANNERS[name]))]
+        _check_keys(f"{name} setting", planner, known)
 
 
 def _check_keys(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The table of a study: one row an arm."""
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from quantwm.evaluation import Row
@@ -20,12 +20,14 @@ COLUMNS = (
     "first_success_median",
     "bytes",
     "seconds",
+    "plan_seconds",
     "cell",
     "note",
 )
 """Columns of `summary.csv`. `low` and `high` are Wilson's 95% interval of the success rate;
 the difference, its 95% interval and the exact McNemar p compare with the float arm on the same
-episodes; `first_success_median` is in MPC iterations, over the episodes that succeeded."""
+episodes; `first_success_median` is in MPC iterations, over the episodes that succeeded;
+`seconds` is what the arm's evaluation took, `plan_seconds` the mean planning time of an episode."""
 
 
 def arm_summary(
@@ -61,6 +63,7 @@ def arm_summary(
         "first_success_median": float(median(firsts)) if firsts else None,
         "bytes": bytes,
         "seconds": round(seconds, 3),
+        "plan_seconds": mean_plan_seconds(rows),
         "cell": rows[0]["cell"],
         "note": _note(rows, same_as),
     }
@@ -74,6 +77,11 @@ def arm_summary(
             "p_value": compared.p_value,
         }
     return summary
+
+
+def mean_plan_seconds(rows: Sequence[Row]) -> float:
+    """Planning time in seconds an episode, to the millisecond: the mean over at least one row."""
+    return round(fmean(row["plan_seconds"] for row in rows), 3)
 
 
 def _note(rows: Sequence[Row], same_as: str | None) -> str:
