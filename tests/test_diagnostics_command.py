@@ -103,6 +103,21 @@ def test_the_tables_name_what_they_show(folders):
     assert "predictor: 8 layers" in shown
 
 
+def test_interventions_plan_judge_and_report(folders, tmp_path):
+    """The tiny model knows nothing, so that its float arm is what is judged."""
+    where = ("--episodes", "2", "--dtype", "float32", "--out", str(tmp_path / "out"))
+    arguments = (folders["float"], "--interventions", "w3", *where)
+    shown = run(*arguments)
+    assert "float: " in shown
+    assert "against a gate of 0.70" in shown
+    assert "does a lower predicted cost mean success?" in shown
+    found = facts(*arguments)
+    assert found["kind"] == "interventions"
+    assert found["verdict"]["arm"] == "float"
+    assert set(found["alignment"]) == {"oracle-latent", "float"}
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_mistakes_say_what_would_be_right(folders):
     model, small, other = folders["float"], folders["w3"], folders["other"]
     assert "give one of them" in refused(model, "--plan", "w3", "--sensitivity", "w3")
@@ -115,5 +130,12 @@ def test_mistakes_say_what_would_be_right(folders):
     assert "did you mean 'encoder.*'?" in refused(model, "--plan", "encodr.*=w3")
     assert "did you mean 'gptq'?" in refused(model, "--plan", "w3", "--method", "gptx")
     assert "did you mean 'wall'?" in refused(model, "--plan", "w3", "--task", "wal")
+    for option, value in (("--plan", "w3"), ("--sensitivity", "w3"), ("--against", model)):
+        refusal = refused(model, "--interventions", "w3", option, value)
+        assert option in refusal
+        assert "--interventions" in refusal
+    assert "leave it out" in refused(model, "--out", "somewhere")
+    assert "leave it out" in refused(model, "--interventions", "w3", "--calibration", "file")
+    assert "quantized already" in refused(small, "--interventions", "w3")
     assert "NAME=VALUE" in refused(model, "--plan", "w3", "--option", "alpha")
     assert "unknown dtype" in refused(model, "--sensitivity", "w3", "--dtype", "int8")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantwm.bench.methods import MethodRow
     from quantwm.bench.planner import PlannerReport, PlannerRow
     from quantwm.diagnostics.fidelity import Fidelity
+    from quantwm.diagnostics.interventions import Interventions
     from quantwm.diagnostics.rollouts import RolloutDiagnosis
     from quantwm.diagnostics.sensitivity import Sensitivity
     from quantwm.study.dry_run import CellPlan
@@ -351,6 +352,41 @@ def print_sensitivity(sensitivity: "Sensitivity") -> None:
             f"largest {errors[0]:.4f}",
             highlight=False,
         )
+
+
+def print_interventions(found: "Interventions") -> None:
+    """The verdict with its evidence, then how far costs mean success, arm by arm."""
+    one = found.verdict
+    if found.gate:
+        out.print(f"\n{found.gate}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"\n{one.arm}: {one.verdict}; {one.reason}", markup=False, highlight=False)
+    table = _columns("compared", _right("estimate"), "95% interval", "", "")
+    for part in one.evidence:
+        known = part.estimate is not None and part.low is not None and part.high is not None
+        shown = ["", ""]
+        if known:
+            shown = [f"{part.estimate:+.2f}", f"[{part.low:+.2f}, {part.high:+.2f}]"]
+        table.add_row(Text(part.text), *shown, part.verdict, Text(part.note))
+    _print_whole(table)
+    if one.episodes_needed is not None:
+        out.print(f"{one.episodes_needed} episodes would decide it", highlight=False)
+    out.print("\nobjective: does a lower predicted cost mean success?", highlight=False)
+    names = ("AUC", "cost falls to", "episodes in\nwhich it falls")
+    table = _columns("arm", *(_right(name) for name in names))
+    for name, alignment in found.alignment.items():
+        fall = alignment.fall
+        table.add_row(
+            Text(name),
+            "" if alignment.auc is None else f"{alignment.auc:.2f}",
+            "" if fall.median is None else f"{fall.median:.2f}",
+            f"{fall.falling} of {fall.episodes}",
+        )
+    _print_whole(table)
+    out.print(
+        "AUC: chance that a success had the lower predicted cost than a failure of the same MPC "
+        "iteration, 0.5 a coin's; empty without both. Costs fall to a share of the first step's.",
+        highlight=False,
+    )
 
 
 def print_json(value: Any) -> None:

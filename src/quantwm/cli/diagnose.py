@@ -1,5 +1,7 @@
 """The command that says where and why a world model goes wrong."""
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,10 +10,14 @@ import typer
 
 from quantwm.cli.app import Device, Json, ModelName, app
 from quantwm.console import (
+    ArmLines,
+    StudyBar,
     bars,
     counter,
     exit_codes,
+    out,
     print_fidelity,
+    print_interventions,
     print_json,
     print_rollout_diagnosis,
     print_sensitivity,
@@ -27,7 +33,8 @@ _TRUTH = "truth"
 
 @app.command(
     epilog="Example: quantwm diagnose wall --episodes 32, quantwm diagnose wall --plan w3, "
-    "quantwm diagnose small --against wall, or quantwm diagnose wall --sensitivity w3"
+    "quantwm diagnose small --against wall, quantwm diagnose wall --sensitivity w3, or "
+    "quantwm diagnose wall --interventions w3"
 )
 def diagnose(
     model: ModelName,
@@ -42,6 +49,14 @@ def diagnose(
         str | None,
         typer.Option(help="Quantize each layer of MODEL alone so, such as w3.", metavar="SCHEME"),
     ] = None,
+    interventions: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan with MODEL quantized so, and with its parts mended, to see which of them "
+            "makes planning fail.",
+            metavar="SCHEME",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -50,9 +65,9 @@ def diagnose(
             metavar="MODEL",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="With --plan or --sensitivity, such as gptq.")] = (
-        "rtn"
-    ),
+    method: Annotated[
+        str, typer.Option(help="With a scheme to quantize to, such as gptq.")
+    ] = "rtn",
     option: Annotated[
         list[str] | None,
         typer.Option(help="The method's own setting, NAME=VALUE or PART.NAME=VALUE; repeatable."),
@@ -61,7 +76,7 @@ def diagnose(
         Path | None,
         typer.Option(
             help="Calibration file, made there if it does not exist; default: what is needed is "
-            "gathered and not kept."
+            "gathered and not kept. With --interventions it lies in the results folder."
         ),
     ] = None,
     task: Annotated[
@@ -69,7 +84,17 @@ def diagnose(
     ] = None,
     episodes: Annotated[
         int | None,
-        typer.Option(help="Episodes of the tuning block; default: 16, with --sensitivity 4."),
+        typer.Option(
+            help="Episodes of the tuning block; default: 16, with --sensitivity 4, with "
+            "--interventions 24."
+        ),
+    ] = None,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Results folder of --interventions; default results/TASK-interventions-SCHEME.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other episodes.")] = 0,
     device: Device = "auto",
@@ -85,21 +110,35 @@ def diagnose(
     with the float one: drift by step, and whether it ranks candidates alike.
 
     With --sensitivity each layer is quantized alone.
+
+    With --interventions episodes are planned with the quantized model, with
+    one of its sides put back in float at a time and with the true dynamics:
+    what restores success is what fails. Also how far lower predicted costs
+    mean success. Run the same command again to continue.
     """
-    with exit_codes():
+    with exit_codes("Run the same command again; with --interventions it goes on from there."):
         from quantwm.cli.plans import method_options
+        from quantwm.errors import UsageError
         from quantwm.loading import load
         from quantwm.quant import quantization_of
 
         options = method_options(option or [])
         quantizing = method != "rtn" or bool(options) or calibration is not None
-        _check_together(plan, sensitivity, against, quantizing)
+        _check_together(plan, sensitivity, interventions, against, quantizing)
+        if interventions is None and out_folder is not None:
+            raise UsageError("--out is the results folder of --interventions: leave it out")
+        if interventions is not None and calibration is not None:
+            raise UsageError(
+                "--calibration: --interventions calibrates in its results folder; leave it out"
+            )
         world_model = load(model, device=device)
         where: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
         if episodes is not None:
             where["episodes"] = episodes
         job = _Job(world_model, task or world_model.config.task, where, as_json)
-        if sensitivity is not None:
+        if interventions is not None:
+            job.interventions(model, interventions, method, options, out_folder)
+        elif sensitivity is not None:
             job.sensitivity(sensitivity, method, options, calibration)
         elif plan:
             job.plan(plan, method, options, calibration)
@@ -110,23 +149,34 @@ def diagnose(
 
 
 def _check_together(
-    plan: list[str] | None, sensitivity: str | None, against: str | None, quantizing: bool
+    plan: list[str] | None,
+    sensitivity: str | None,
+    interventions: str | None,
+    against: str | None,
+    quantizing: bool,
 ) -> None:
     from quantwm.errors import UsageError
 
-    if plan and sensitivity is not None:
-        raise UsageError(
-            "--plan quantizes layers together and --sensitivity each alone: give one of them"
+    asked = [
+        option
+        for option, value in (
+            ("--plan", plan or None),
+            ("--sensitivity", sensitivity),
+            ("--interventions", interventions),
         )
-    if against is not None and (plan or sensitivity is not None):
+        if value is not None
+    ]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are comparisons of their own: give one of them")
+    if against is not None and asked:
         raise UsageError(
-            "--against is for a MODEL that is quantized already; with --plan or --sensitivity "
-            "MODEL itself is the float model: leave --against out"
+            f"--against is for a MODEL that is quantized already; with {asked[0]} MODEL itself is "
+            "the float model: leave --against out"
         )
-    if quantizing and not plan and sensitivity is None:
+    if quantizing and not asked:
         raise UsageError(
-            "--method, --option and --calibration say how to quantize: give --plan SCHEME or "
-            "--sensitivity SCHEME as well, such as --plan w3"
+            "--method, --option and --calibration say how to quantize: give --plan SCHEME, "
+            "--sensitivity SCHEME or --interventions SCHEME as well, such as --plan w3"
         )
 
 
@@ -214,6 +264,35 @@ class _Job:
             print_json(found.to_dict())
         else:
             print_sensitivity(found)
+
+    def interventions(
+        self, name: str, scheme: str, method: str, options: dict[str, Any], folder: Path | None
+    ) -> None:
+        """The model quantized, and its parts mended, in closed loop."""
+        from quantwm.cli.study import RESULTS
+        from quantwm.diagnostics.interventions import diagnose_interventions, intervention_study
+        from quantwm.report import write_report
+
+        spec = intervention_study(
+            self.task, name, scheme, method=method, options=options, **self.where
+        )
+        target = folder or RESULTS / f"{self.task}-{spec.name}"
+        if not self.as_json:
+            out.print(f"results in {target}", highlight=False)
+        with bars() as progress:
+            found = diagnose_interventions(
+                spec,
+                target,
+                world_model=self.model,
+                progress=StudyBar(progress),
+                on_arm=None if self.as_json else ArmLines(),
+            )
+        report = write_report(target, command=shlex.join(["quantwm", *sys.argv[1:]]))
+        if self.as_json:
+            print_json({"folder": str(target), "report": str(report)} | found.to_dict())
+        else:
+            print_interventions(found)
+            out.print(f"report: {report}", highlight=False)
 
     def _check(self) -> None:
         """What can be wrong with the arguments, before anything is computed."""

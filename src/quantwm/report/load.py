@@ -90,7 +90,7 @@ def read_task(
         _read_summary(folder / SUMMARY),
         config,
         _recorded(record) if environment is None else environment,
-        build_task(StudySpec.from_dict(config).task) if task is None else task,
+        build_task(_spec_of(config).task) if task is None else task,
         diagnoses=list(_read_diagnoses(folder / DIAGNOSTICS)),
     )
 
@@ -159,7 +159,7 @@ def task_report(
         UsageError: the configuration is no study, or the summary has no arm.
         MismatchError: summary and rows do not belong together.
     """
-    spec = StudySpec.from_dict(config)
+    spec = _spec_of(config)
     known = {arm.name for arm in spec.arms}
     foreign = next((row["arm"] for row in rows if row["arm"] not in known), None)
     if foreign is not None:
@@ -206,6 +206,11 @@ def title_of(name: str) -> str:
 def slug(text: str) -> str:
     """A text as part of an id or a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+def _spec_of(config: Mapping[str, Any]) -> StudySpec:
+    """The study of what has run, be it with a task or planner of one's own."""
+    return StudySpec.from_dict({**config, RECORD: {}})
 
 
 def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
