@@ -5,7 +5,11 @@ import json
 import pytest
 
 from quantwm.errors import UsageError
-from quantwm.study import run_study
+from quantwm.study import plan_study, run_study
+from quantwm.study.diagnose import diagnoses_of
+from quantwm.study.estimate import SECONDS_PER_FRAME, diagnosis_seconds
+from quantwm.study.prepare import prepare
+from quantwm.study.status import study_status
 from study_support import Fragile, PointTask, Recorder, content, point_spec, study
 
 ARMS = ["oracle-state", "float", "w8", "w2", "w8a8", "w2/steps=3"]
@@ -28,6 +32,9 @@ def test_fidelity_of_each_arm_and_sensitivity_of_each_layer(tmp_path):
     assert [one["layer"] for one in layers] == ["encoder.0", "predictor.0"]
     assert found["sensitivity-w8a8"]["layers"][0]["error"] < layers[0]["error"]
 
+    planned = {one.arm: one for one in plan_study(**study(spec), out=tmp_path)}
+    assert all(one.done for one in planned.values())
+
     # Again: nothing is computed. With other settings: made anew. Rows stay as they are.
     before = content(tmp_path)
     recorder = Recorder()
@@ -40,11 +47,44 @@ def test_fidelity_of_each_arm_and_sensitivity_of_each_layer(tmp_path):
         "sensitivity to w2",
         "sensitivity to w8a8",
     }
+    assert study_status(tmp_path).diagnoses == (5, 5)
     after = content(tmp_path)
     assert {k: v for k, v in after.items() if k.startswith("cells/")} == {
         k: v for k, v in before.items() if k.startswith("cells/")
     }
     assert diagnosed(tmp_path)["sensitivity-w2"] != found["sensitivity-w2"]
+
+
+def test_what_is_left_of_them_is_told(tmp_path):
+    """A dry run lists and estimates them after the arms; the status counts their files."""
+    asked = {"fidelity": True, "sensitivity": ["w2"], "episodes": 2}
+    spec = point_spec(arms=ARMS, diagnostics=asked)
+    plans = plan_study(**study(spec), out=tmp_path)
+    told = {one.arm: one for one in plans if not one.cell}
+    assert list(told) == ["fidelity of w8, w2, w8a8", "sensitivity to w2"]
+    assert [one.arm for one in plans][: len(ARMS)] == ARMS
+    assert all(one.seconds > 0 and not one.done for one in told.values())
+    run_study(**study(spec), out=tmp_path)
+    (tmp_path / "diagnostics" / "sensitivity-w2.json").unlink()
+    status = study_status(tmp_path)
+    assert status.diagnoses == (3, 4)
+    assert str(status).endswith("6 done; 3 of 4 diagnoses done")
+    left = {one.arm: one.done for one in plan_study(**study(spec), out=tmp_path)}
+    assert left["fidelity of w8, w2, w8a8"]
+    assert not left["sensitivity to w2"]
+
+
+def test_an_estimate_grows_with_episodes_models_and_layers():
+    def seconds(episodes, arms):
+        asked = {"fidelity": True, "sensitivity": ["w2"], "episodes": episodes}
+        prepared = prepare(**study(point_spec(arms=["float", *arms], diagnostics=asked)))
+        return [diagnosis_seconds(d, prepared, SECONDS_PER_FRAME) for d in diagnoses_of(prepared)]
+
+    (two, layers), (four, more_layers) = seconds(2, ["w4"]), seconds(4, ["w4"])
+    assert (four, more_layers) == pytest.approx((2 * two, 2 * layers))
+    fidelity, same = seconds(2, ["w4", "w2", "w3"])
+    assert fidelity > two
+    assert same == layers
 
 
 def test_a_layer_whose_costs_are_not_finite_fails_alone_and_once(tmp_path):

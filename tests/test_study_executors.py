@@ -342,6 +342,23 @@ def test_a_worker_of_another_configuration_is_refused(tmp_path):
     assert len(list((tmp_path / "cells").iterdir())) == 1
 
 
+@pytest.mark.parametrize("executor", [None, Local(2)], ids=["one", "several"])
+def test_processors_that_round_otherwise_are_refused(tmp_path, monkeypatch, executor):
+    """The first worker says what a folder is computed with; who only submits jobs says nothing."""
+    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "amx")
+    run_study(**study(point_spec(arms=["float"])), out=tmp_path)
+    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "avx2")
+    more = study(point_spec(arms=["float", "w4"]))
+    with pytest.raises(MismatchError, match="processors with amx, this one computes with avx2"):
+        run_study(**more, out=tmp_path, executor=executor)
+    with pytest.raises(MismatchError, match="--out"):
+        work(Job(more["spec"], tmp_path, world_model=PointModel(), task=PointTask()))
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+    assert study_status(tmp_path).count("waiting") == 1
+    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "amx")
+    assert len(run_study(**more, out=tmp_path).summary) == 2
+
+
 def test_each_worker_gets_a_gpu_unless_the_study_names_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     prepared = prepare(**study())

@@ -5,7 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuantWMError(
-            f"cannot write {path}: {reason}; check that the folder is writable "
-            "and the disk has room, then run the same command again"
-        ) from error
+        raise QuantWMError(_unwritable(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
@@ -45,6 +41,31 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def write_new(path: Path, text: str) -> bool:
+    """Write a file that must not be there yet, whole or not at all.
+
+    Returns:
+        False if another one, perhaps of another machine, was faster; its file is left alone.
+
+    Raises:
+        QuantWMError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        # A link appears whole, and only where there was nothing: also on network drives.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise QuantWMError(_unwritable(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return True
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
@@ -52,3 +73,11 @@ def sha256_file(path: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return (
+        f"cannot write {path}: {reason}; check that the folder is writable and the disk has room, "
+        "then run the same command again"
+    )

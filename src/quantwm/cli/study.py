@@ -62,7 +62,8 @@ def study(
         typer.Option(help="About how long a job of the cluster should take; default: 30."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List cells and estimated time; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="List what would run and for how long; write nothing."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -121,7 +122,11 @@ def status(
         if as_json:
             print_json(
                 [
-                    {"folder": str(one.folder), "arms": [vars(arm) for arm in one.arms]}
+                    {
+                        "folder": str(one.folder),
+                        "arms": [vars(arm) for arm in one.arms],
+                        "diagnoses": dict(zip(("done", "wanted"), one.diagnoses, strict=True)),
+                    }
                     for one in found
                 ]
             )

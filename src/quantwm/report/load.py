@@ -214,8 +214,9 @@ def _spec_of(config: Mapping[str, Any]) -> StudySpec:
 
 
 def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study noted of where it ran, without the cells, which the summary has."""
-    rest = {key: value for key, value in record.items() if key not in ("environment", "cells")}
+    """What a study noted of where it ran, without the lists of its files."""
+    hidden = ("environment", "cells", "diagnoses")
+    rest = {key: value for key, value in record.items() if key not in hidden}
     return dict(record.get("environment") or {}) | rest
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quantwm.errors import QuantWMError
+from quantwm.files import write_new
 
 HEARTBEAT = 5.0
 """Seconds between two touches of a claim."""
@@ -81,23 +81,7 @@ class Claims:
             "started": time.time(),
             "token": token,
         }
-        temporary = path.with_name(f".{path.name}.{token}")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content))
-            # A link appears whole, and only where there was nothing: also on network drives.
-            os.link(temporary, path)
-        except FileExistsError:
-            return None
-        except OSError as error:
-            raise QuantWMError(
-                f"cannot write {path}: {error.strerror or error}; check that the folder is "
-                "writable and the disk has room, then run the same command again"
-            ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
-        return token
+        return token if write_new(path, json.dumps(content)) else None
 
     def _remove(self, path: Path, stale: dict[str, Any]) -> None:
         """Remove a stale claim, unless another worker was faster."""

@@ -6,11 +6,9 @@
 A file carries the identity of what it is about; one of another identity is made anew.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quantwm.diagnostics.fidelity import diagnose_fidelity
@@ -48,6 +46,73 @@ class Diagnosis:
     arms: tuple[str, ...] = ()
     scheme: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What it is called where progress is shown."""
+        if self.scheme is not None:
+            return f"sensitivity to {self.scheme}"
+        return f"fidelity of {', '.join(self.arms)}"
+
+
+def diagnoses_of(prepared: Prepared) -> list[Diagnosis]:
+    """What a study asks for: its quantized arms of the study's own budget, and its schemes.
+
+    Nothing where the planner has no population, and so no candidates to rank.
+    """
+    settings = prepared.spec.diagnostics
+    if not isinstance(prepared.planner, PopulationPlanner):
+        return []
+    arms = [
+        name
+        for name, cell in prepared.cells.items()
+        if settings.fidelity and cell.kind == "quantized" and not prepared.arm(name).budget()
+    ]
+    found = []
+    for begin in range(0, len(arms), _TOGETHER):
+        together = tuple(arms[begin : begin + _TOGETHER])
+        found.append(Diagnosis(f"fidelity-{prepared.cells[together[0]].id}", together))
+    schemes = settings.sensitivity
+    return found + [Diagnosis(f"sensitivity-{one}", scheme=one) for one in schemes]
+
+
+@dataclass(frozen=True)
+class DiagnosisFile:
+    """One file that a diagnosis makes.
+
+    Attributes:
+        subject: the arm or the scheme that it is about.
+        name: of the file.
+        id: identity of what is in it: of what, in which study, and of how many episodes.
+    """
+
+    subject: str
+    name: str
+    id: str
+
+
+def files_of(prepared: Prepared, diagnosis: Diagnosis) -> list[DiagnosisFile]:
+    """The files that a diagnosis makes."""
+    scheme = diagnosis.scheme
+    if scheme is not None:
+        return [DiagnosisFile(scheme, f"sensitivity-{scheme}.json", _identity(prepared, scheme))]
+    cells = {name: prepared.cells[name].id for name in diagnosis.arms}
+    return [
+        DiagnosisFile(name, f"fidelity-{id}.json", _identity(prepared, id))
+        for name, id in cells.items()
+    ]
+
+
+def _identity(prepared: Prepared, of: str) -> str:
+    return short_hash(
+        {
+            "version": VERSION,
+            "of": of,
+            "episodes": prepared.spec.diagnostics.episodes,
+            "calibration": prepared.calibration,
+            "study": {key: str(value) for key, value in prepared.definition().items()},
+        }
+    )
+
 
 class Diagnoses:
     """The diagnoses of a study, made by any number of workers.
@@ -73,8 +138,7 @@ class Diagnoses:
     ) -> None:
         self._prepared, self._work, self._progress = prepared, work, progress
         self._claims = claims
-        self._folder = folder.path / "diagnostics"
-        self._study = {k: str(v) for k, v in prepared.definition().items()}
+        self._folder = folder
         self._common: dict[str, Any] = {
             "episodes": prepared.spec.diagnostics.episodes,
             "planner": prepared.planner,
@@ -82,31 +146,13 @@ class Diagnoses:
             "dtype": prepared.spec.dtype,
         }
 
-    def all(self) -> list[Diagnosis]:
-        """What the study asks for: its quantized arms of the study's own budget, its schemes."""
-        settings = self._prepared.spec.diagnostics
-        if not isinstance(self._prepared.planner, PopulationPlanner):
-            if settings.fidelity or settings.sensitivity:
-                logger.warning("no diagnoses: the planner has no population of candidates")
-            return []
-        found = []
-        if settings.fidelity:
-            arms = [
-                name
-                for name, cell in self._prepared.cells.items()
-                if cell.kind == "quantized" and not self._prepared.arm(name).budget()
-            ]
-            for begin in range(0, len(arms), _TOGETHER):
-                together = tuple(arms[begin : begin + _TOGETHER])
-                first = self._prepared.cells[together[0]].id
-                found.append(Diagnosis(f"fidelity-{first}", together))
-        for scheme in settings.sensitivity:
-            found.append(Diagnosis(f"sensitivity-{scheme}", scheme=scheme))
-        return found
-
     def left(self) -> list[Diagnosis]:
         """Those that are not made yet."""
-        return [one for one in self.all() if not self.is_made(one)]
+        settings, planner = self._prepared.spec.diagnostics, self._prepared.planner
+        asked = settings.fidelity or settings.sensitivity
+        if asked and not isinstance(planner, PopulationPlanner):
+            logger.warning("no diagnoses: the planner has no population of candidates")
+        return [one for one in diagnoses_of(self._prepared) if not self.is_made(one)]
 
     def is_made(self, diagnosis: Diagnosis) -> bool:
         """Whether all files of it are there, of this study as it is."""
@@ -123,24 +169,22 @@ class Diagnoses:
                 return False
             missing = self._missing(diagnosis)
             if diagnosis.scheme is not None and missing:
-                self._sensitivity(diagnosis.scheme)
+                self._sensitivity(missing[0])
             elif missing:
                 self._fidelity(missing)
         return True
 
-    def _missing(self, diagnosis: Diagnosis) -> list[str]:
-        """Arms, or the scheme, whose file is not there."""
-        if diagnosis.scheme is not None:
-            path = self._path("sensitivity", diagnosis.scheme)
-            return [] if self._is_made(path, diagnosis.scheme) else [diagnosis.scheme]
-        ids = {name: self._prepared.cells[name].id for name in diagnosis.arms}
-        return [n for n, id in ids.items() if not self._is_made(self._path("fidelity", id), id)]
+    def _missing(self, diagnosis: Diagnosis) -> list[DiagnosisFile]:
+        """The files of it that are not there."""
+        files = files_of(self._prepared, diagnosis)
+        return [one for one in files if not self._folder.has_diagnosis(one.name, one.id)]
 
-    def _fidelity(self, names: Sequence[str]) -> None:
+    def _fidelity(self, files: Sequence[DiagnosisFile]) -> None:
+        names = tuple(one.subject for one in files)
         models: dict[str, WorldModel] = {name: self._work.model(name) for name in names}
         try:
             found = self._staged(
-                f"fidelity of {', '.join(names)}",
+                Diagnosis("", names).label,
                 lambda update: diagnose_fidelity(
                     self._prepared.world_model,
                     models,
@@ -150,61 +194,36 @@ class Diagnoses:
                 ),
             )
         except NonFiniteError as error:
-            if len(names) > 1:
-                for name in names:
-                    self._fidelity([name])
+            if len(files) > 1:
+                for one in files:
+                    self._fidelity([one])
                 return
-            self._write_fidelity(names[0], {"kind": "failed", "error": str(error), "arm": names[0]})
+            self._write(files[0], {"kind": "failed", "error": str(error), "arm": names[0]})
             return
-        for name in names:
-            self._write_fidelity(name, found[name].to_dict())
+        for one in files:
+            self._write(one, found[one.subject].to_dict())
 
-    def _write_fidelity(self, name: str, content: dict[str, Any]) -> None:
-        id = self._prepared.cells[name].id
-        self._write(self._path("fidelity", id), id, content)
-
-    def _sensitivity(self, scheme: str) -> None:
+    def _sensitivity(self, file: DiagnosisFile) -> None:
         """Every layer alone at a scheme."""
-        label = f"sensitivity to {scheme}"
+        label = Diagnosis("", scheme=file.subject).label
         try:
             found = self._staged(
                 label,
                 lambda update: diagnose_sensitivity(
                     self._prepared.world_model,
                     self._prepared.task,
-                    scheme,
-                    calibration=self._work.calibration_for(scheme),
+                    file.subject,
+                    calibration=self._work.calibration_for(file.subject),
                     progress=update,
                     **self._common,
                 ),
             ).to_dict()
         except NonFiniteError as error:
             found = {"kind": "failed", "error": str(error), "arm": label}
-        self._write(self._path("sensitivity", scheme), scheme, found)
+        self._write(file, found)
 
-    def _path(self, kind: str, what: str) -> Path:
-        return self._folder / f"{kind}-{what}.json"
-
-    def _id(self, what: str) -> str:
-        """Identity of a diagnosis: what it is about, in which study, and of how many episodes."""
-        return short_hash(
-            {
-                "version": VERSION,
-                "of": what,
-                "episodes": self._prepared.spec.diagnostics.episodes,
-                "calibration": self._prepared.calibration,
-                "study": self._study,
-            }
-        )
-
-    def _is_made(self, path: Path, what: str) -> bool:
-        try:
-            return bool(json.loads(path.read_text())["id"] == self._id(what))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    def _write(self, path: Path, what: str, content: dict[str, Any]) -> None:
-        write_json(path, {"id": self._id(what), **content})
+    def _write(self, file: DiagnosisFile, content: dict[str, Any]) -> None:
+        write_json(self._folder.diagnosis_path(file.name), {"id": file.id, **content})
 
     def _staged(self, label: str, run: Callable[[Progress], Any]) -> Any:
         if self._progress is None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantwm.protocols import Planner, Task, WorldModel
-from quantwm.study.estimate import calibrated_seconds, measured_pace
+from quantwm.study.diagnose import diagnoses_of, files_of
+from quantwm.study.estimate import calibrated_seconds, diagnosis_seconds, measured_pace
 from quantwm.study.prepare import check_folder, prepare
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
@@ -12,11 +13,11 @@ from quantwm.study.store import ResultsFolder
 
 @dataclass(frozen=True)
 class CellPlan:
-    """What a dry run says of one arm.
+    """What a dry run says of one arm, or of one diagnosis.
 
     Attributes:
-        arm: its name.
-        cell: id of its cell.
+        arm: its name; of a diagnosis, what it is of.
+        cell: id of its cell; "" for a diagnosis.
         done: whether the results folder has the cell.
         seconds: estimated time of what is not kept yet; 0 for a finished cell and for one that an
             arm above shares.
@@ -38,7 +39,7 @@ def plan_study(
     task: Task | None = None,
     planner: Planner | None = None,
 ) -> list[CellPlan]:
-    """What `run_study` would do: each arm's cell, whether it is done, and an estimate of its time.
+    """What `run_study` would do: each arm's cell, then the diagnoses, and how long they may take.
 
     Checks all that `run_study` checks, times a few rollouts, and writes nothing.
 
@@ -65,4 +66,9 @@ def plan_study(
         seconds = 0.0 if free else left * calibrated_seconds(cell, finished, pace)
         shares = owner if owner != arm else None
         plans.append(CellPlan(arm, cell.id, cell.id in stored, seconds, shares))
+    for diagnosis in diagnoses_of(prepared):
+        files = files_of(prepared, diagnosis)
+        done = all(folder.has_diagnosis(file.name, file.id) for file in files)
+        seconds = 0.0 if done else diagnosis_seconds(diagnosis, prepared, pace)
+        plans.append(CellPlan(diagnosis.label, "", done, seconds))
     return plans

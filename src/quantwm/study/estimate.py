@@ -8,15 +8,19 @@ import numpy as np
 import torch
 
 from quantwm.compute import cpu_threads, placed, resolve_dtype
+from quantwm.diagnostics.fidelity import DRIFT_CANDIDATES
+from quantwm.diagnostics.sensitivity import CANDIDATES
 from quantwm.errors import UsageError
 from quantwm.evaluation import REFERENCES
 from quantwm.planning.defaults import default_planner
 from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleLatentCost
 from quantwm.planning.planners import planner_from_settings
+from quantwm.planning.population import PopulationPlanner
 from quantwm.planning.rollout import ModelCost
 from quantwm.seeds import episode_seeds
 from quantwm.study.cells import ArmKind, Cell
+from quantwm.study.diagnose import Diagnosis
 from quantwm.study.prepare import Prepared
 
 Pace: TypeAlias = Mapping[ArmKind, float]
@@ -98,6 +102,30 @@ def calibrated_seconds(
     expected = sum(estimated_seconds(one, pace) for one, _ in same)
     took = sum(seconds for _, seconds in same)
     return estimated_seconds(cell, pace) * (took / expected if expected and took else 1.0)
+
+
+def diagnosis_seconds(diagnosis: Diagnosis, prepared: Prepared, pace: Pace) -> float:
+    """Estimated wall-clock time of a diagnosis: float's plans, and each model's rollouts of theirs.
+
+    Args:
+        diagnosis: of the study; its planner has a population.
+        prepared: the study.
+        pace: of this machine.
+    """
+    planner = prepared.planner
+    assert isinstance(planner, PopulationPlanner)
+    images = 0
+    if diagnosis.scheme is not None:
+        groups = prepared.world_model.quantizable_groups()
+        models = sum(len(group.layers) for group in groups if group.kind == "linear")
+        candidates = min(planner.samples, CANDIDATES)
+    else:
+        models, candidates = len(diagnosis.arms), planner.samples
+        images = 2 * min(candidates, DRIFT_CANDIDATES) * planner.horizon
+    frames = (planner.rollouts + 2 * candidates * (1 + models)) * planner.horizon
+    # The oracle's pace is of one image a plan, told by the plan's frames.
+    seconds = frames * pace["quantized"] + images * planner.horizon * pace["oracle-latent"]
+    return prepared.spec.diagnostics.episodes * seconds
 
 
 def _frames(settings: Mapping[str, Any], *, chosen: bool) -> int:

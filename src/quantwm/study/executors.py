@@ -21,7 +21,7 @@ import torch
 from quantwm.errors import MissingExtraError, QuantWMError, UsageError
 from quantwm.study.estimate import estimated_seconds
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared
+from quantwm.study.prepare import Prepared, check_arithmetic
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import StudyProgress
 from quantwm.study.worker import Job, work
@@ -94,10 +94,12 @@ class Local:
         """Start the workers and wait for them.
 
         Raises:
+            MismatchError: other processors have begun the study.
             QuantWMError: workers are killed again and again without finishing anything.
         """
         context = multiprocessing.get_context("spawn")
         kills, finished, folder = 0, (0, 0), ResultsFolder(job.folder)
+        check_arithmetic(prepared, folder)  # before each of them says so in its own traceback
         show = _bar(progress, f"{self.workers} workers")
 
         def start(index: int) -> BaseProcess:

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from quantwm.compute import NUMERICS_VERSION, dtype_name, resolve_device, resolve_dtype
+from quantwm.compute import (
+    NUMERICS_VERSION,
+    cpu_arithmetic,
+    dtype_name,
+    resolve_device,
+    resolve_dtype,
+)
 from quantwm.envs import get_task
 from quantwm.errors import MismatchError, UsageError
 from quantwm.evaluation import ORACLES, check_fits
@@ -268,6 +274,27 @@ def check_folder(prepared: Prepared, folder: ResultsFolder) -> None:
     record = config.pop(RECORD, None) or {}
     found = definition(config, record.get("model_hash"), record.get("numerics"))
     check_same_study(found, prepared.definition(), str(folder.path))
+
+
+def check_arithmetic(prepared: Prepared, folder: ResultsFolder) -> None:
+    """Refuse to compute here what other processors have begun; the first worker says which.
+
+    Not part of `check_folder`: who submits jobs, or looks, may sit at another kind of machine.
+
+    Raises:
+        MismatchError: this processor rounds otherwise than the folder's.
+        QuantWMError: the folder cannot be written.
+    """
+    if prepared.device.type != "cpu":
+        return
+    own = cpu_arithmetic()
+    settled = folder.settled_arithmetic(own)
+    if settled != own:
+        raise MismatchError(
+            f"{folder.path} is computed on processors with {settled}, this one computes with "
+            f"{own}: they round otherwise, so that rows of both would not compare. Work on a "
+            "machine like the first, or run the study here into another folder (--out)."
+        )
 
 
 def _shared(spec: StudySpec, fingerprint: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import Claims
-from quantwm.study.diagnose import Diagnoses
+from quantwm.study.diagnose import Diagnoses, diagnoses_of, files_of
 from quantwm.study.environment import environment
 from quantwm.study.executors import Executor, InProcess
 from quantwm.study.gate import gate_of
@@ -221,6 +221,11 @@ class _Run:
             "numerics": NUMERICS_VERSION,
             "version": this_version(),
             "cells": {name: cell.id for name, cell in self._prepared.cells.items()},
+            "diagnoses": {
+                file.name: file.id
+                for diagnosis in diagnoses_of(self._prepared)
+                for file in files_of(self._prepared, diagnosis)
+            },
             "environment": environment(self._prepared.device.type),
         }
         self._folder.write_config(self._prepared.spec.to_dict() | {RECORD: record})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from quantwm.study.claims import Claims
+from quantwm.study.spec import RECORD
 from quantwm.study.store import ResultsFolder
 from quantwm.study.tables import recorded_study
 
@@ -36,10 +37,17 @@ class ArmStatus:
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """Where a study stands, arm by arm in its order."""
+    """Where a study stands.
+
+    Attributes:
+        folder: its results.
+        arms: in its order.
+        diagnoses: files of diagnoses that are made, and that it asks for.
+    """
 
     folder: Path
     arms: tuple[ArmStatus, ...]
+    diagnoses: tuple[int, int] = (0, 0)
 
     def count(self, state: State) -> int:
         """Arms in a state."""
@@ -47,7 +55,9 @@ class StudyStatus:
 
     def __str__(self) -> str:
         counted = ", ".join(f"{self.count(s)} {s}" for s in STATES if self.count(s))
-        return f"{self.folder}: {len(self.arms)} arms, {counted}"
+        made, wanted = self.diagnoses
+        besides = f"; {made} of {wanted} diagnoses done" if wanted else ""
+        return f"{self.folder}: {len(self.arms)} arms, {counted}{besides}"
 
 
 def study_status(folder: str | Path) -> StudyStatus:
@@ -58,10 +68,14 @@ def study_status(folder: str | Path) -> StudyStatus:
         CorruptFileError: its configuration is damaged.
     """
     results = ResultsFolder(Path(folder))
-    _, cells = recorded_study(results)
+    config, cells = recorded_study(results)
     claims = Claims(results.claims)
+    wanted = config[RECORD].get("diagnoses") or {}
+    made = sum(results.has_diagnosis(name, id) for name, id in wanted.items())
     return StudyStatus(
-        results.path, tuple(_arm(name, id, results, claims) for name, id in cells.items())
+        results.path,
+        tuple(_arm(name, id, results, claims) for name, id in cells.items()),
+        (made, len(wanted)),
     )
 
 

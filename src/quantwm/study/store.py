@@ -4,6 +4,7 @@
     parts/<id>/<n>.json       the same of some of its episodes, the first the n-th, until it is
     failed/<id>.json          why a cell could not be computed, until it is tried again
     claims/<id>.claim         a cell that a worker is computing
+    arithmetic                of the processors that compute it, as the first worker said
     config.yaml               the study, all resolved, and where it ran; itself a study file
     calibration.safetensors   what calibrated arms were calibrated on
     episodes.parquet          one row an episode
@@ -31,13 +32,14 @@ import yaml
 
 from quantwm.errors import CorruptFileError, MismatchError, QuantWMError
 from quantwm.evaluation import Row
-from quantwm.files import atomic_path, write_json
+from quantwm.files import atomic_path, write_json, write_new
 from quantwm.study.cells import canonical_json
 from quantwm.study.rows import decode_row, encode_row, write_parquet
 
 logger = logging.getLogger(__name__)
 
 CELL_FORMAT = 1
+ARITHMETIC = "arithmetic"
 CONFIG = "config.yaml"
 EPISODES = "episodes.parquet"
 SUMMARY = "summary.csv"
@@ -232,6 +234,30 @@ class ResultsFolder:
             writer = csv.DictWriter(handle, fieldnames=list(columns))
             writer.writeheader()
             writer.writerows(rows)
+
+    def diagnosis_path(self, name: str) -> Path:
+        """Where a diagnosis lies."""
+        return self.path / "diagnostics" / name
+
+    def has_diagnosis(self, name: str, id: str) -> bool:
+        """Whether a diagnosis is made, and of this identity."""
+        try:
+            return bool(json.loads(self.diagnosis_path(name).read_text())["id"] == id)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def settled_arithmetic(self, own: str) -> str:
+        """What all workers of the folder compute with: this worker's, if it is the first.
+
+        Raises:
+            QuantWMError: the folder cannot be read or written.
+        """
+        path = self.path / ARITHMETIC
+        write_new(path, own)
+        try:
+            return path.read_text()
+        except OSError as error:
+            raise QuantWMError(f"cannot read {path}: {error.strerror or error}") from error
 
     def check_usable(self) -> None:
         """Refuse a folder with files that a study would overwrite but did not write.
