@@ -93,7 +93,7 @@ def test_packing_takes_an_arm_from_the_first_source_and_rounds(tmp_path):
     elsewhere = [row for row in rows if origin_of(row) != origin_of(rows[0])]
     rows = [row for row in rows if row not in elsewhere]
     changed = [
-        row | {"states": [[300.123456789] * 7], "cost_by_iteration": [0.3]}
+        row | {"states": [[300.3] * 7], "cost_by_iteration": [0.3]}
         for row in rows
         if row["arm"] == "float"
     ]
@@ -106,6 +106,6 @@ def test_packing_takes_an_arm_from_the_first_source_and_rounds(tmp_path):
     found = read_parquet(packed)
     assert [row["arm"] for row in found] == ["float"] * 100 + ["w4"] * 50
     assert {origin_of(row) for row in found[50:100]} == {origin_of(elsewhere[0])}
-    assert found[0]["states"] == [[300.125] * 7]
+    assert found[0]["states"] == [[300.5] * 7]
     assert found[0]["cost_by_iteration"] == [614 / 2048]
     assert found[-1]["states"] == rows[-1]["states"]
