@@ -365,7 +365,10 @@ def print_interventions(found: "Interventions") -> None:
         known = part.estimate is not None and part.low is not None and part.high is not None
         shown = ["", ""]
         if known:
-            shown = [f"{part.estimate:+.2f}", f"[{part.low:+.2f}, {part.high:+.2f}]"]
+            sign = "" if part.margin is None else "+"  # a success rate, or a difference of two
+            values = (part.estimate, part.low, part.high)
+            estimate, low, high = (format(value, f"{sign}.2f") for value in values)
+            shown = [estimate, f"[{low}, {high}]"]
         table.add_row(Text(part.text), *shown, part.verdict, Text(part.note))
     _print_whole(table)
     if one.episodes_needed is not None:
