@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMError, UsageError
-from quantwm.study import executors, run_study
+from quantwm.study import executors, plan_study, run_study
 from quantwm.study.claims import Claims
 from quantwm.study.executors import Local, Slurm, _on_device, batches
 from quantwm.study.prepare import prepare
@@ -163,6 +163,31 @@ def test_jobs_of_a_cluster_heed_the_gate(tmp_path, monkeypatch):
         run_study(spec, tmp_path, executor=executor, **arguments)
     assert len(list((tmp_path / "logs").glob("*_submitted.pkl"))) == 1
     assert len(list((tmp_path / "cells").iterdir())) == 3
+
+
+def test_jobs_may_ask_for_a_device_that_only_the_nodes_have(tmp_path, monkeypatch):
+    """Cells and jobs are of the nodes' GPU, which nothing here is asked to use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sent = []
+
+    def submit(_executor, _job, parts):
+        sent.extend(parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slurm, "_submit", submit)
+    arguments = study(point_spec(arms=["float", "w4"], device="cuda", dtype="auto"))
+    with pytest.raises(KeyboardInterrupt, match="0 of 2 cells"):
+        run_study(**arguments, out=tmp_path / "out", executor=Slurm())
+    assert [(job.spec.device, job.spec.dtype, job.arms) for job in sent] == [
+        ("cuda", "bfloat16", ("float",))
+    ]
+    plans = plan_study(**arguments, out=tmp_path / "out", elsewhere=True)
+    assert [plan.arm for plan in plans] == ["float", "w4"]
+    assert [plan.cell for plan in plans] == [
+        arm.cell for arm in study_status(tmp_path / "out").arms
+    ]
+    with pytest.raises(UsageError, match="no CUDA device"):
+        run_study(**arguments, out=tmp_path / "here")
 
 
 DIAGNOSED = point_spec(diagnostics={"fidelity": True, "sensitivity": ["w2", "w3"], "episodes": 2})

@@ -47,8 +47,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device, *, here: bool = True) -> torch.device:
     """ "auto" is a CUDA device where there is one, else the CPU.
+
+    Args:
+        device: its name.
+        here: this machine must have it; otherwise another one computes.
 
     Raises:
         UsageError: a device that torch does not know or that is not there.
@@ -61,6 +65,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise UsageError(f"unknown device {device!r}: {error}") from error
     if resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"device {str(device)!r}: quantwm computes on cpu and cuda")
+    if not here:
+        return resolved
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for, but torch sees no CUDA device")
     count = torch.cuda.device_count() if resolved.type == "cuda" else 1
@@ -119,6 +125,8 @@ def device_of(world_model: WorldModel) -> torch.device:
 
 
 def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return True  # another machine's, such as a cluster's: all since 2020 do
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -77,7 +77,11 @@ def study(
         executor = _executor(workers, slurm, slurm_setting or [], job_minutes)
         planned = _studies(sources, preset, out_folder)
         if dry_run:
-            plans = [plan for spec, folder in planned for plan in plan_study(spec, folder)]
+            plans = [
+                plan
+                for spec, folder in planned
+                for plan in plan_study(spec, folder, elsewhere=executor.elsewhere)
+            ]
             if as_json:
                 print_json([vars(plan) for plan in plans])
             else:
@@ -238,7 +242,7 @@ def _run(
 
     if len(planned) > 1:  # a slip in the last one shows before the first has run for hours
         for spec, folder in planned:
-            check_folder(prepare(spec), ResultsFolder(folder))
+            check_folder(prepare(spec, elsewhere=executor.elsewhere), ResultsFolder(folder))
     command = shlex.join(["quantwm", *sys.argv[1:]])
     stopped: list[GateError | CellsFailedError] = []
     summaries = {}

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.diagnose import diagnoses_of, files_of
-from quantwm.study.estimate import calibrated_seconds, diagnosis_seconds, measured_pace
+from quantwm.study.estimate import (
+    SECONDS_PER_FRAME,
+    calibrated_seconds,
+    diagnosis_seconds,
+    measured_pace,
+)
 from quantwm.study.prepare import check_folder, prepare
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
@@ -38,15 +43,19 @@ def plan_study(
     world_model: WorldModel | None = None,
     task: Task | None = None,
     planner: Planner | None = None,
+    elsewhere: bool = False,
 ) -> list[CellPlan]:
     """What `run_study` would do: each arm's cell, then the diagnoses, and how long they may take.
 
-    Checks all that `run_study` checks, times a few rollouts, and writes nothing.
+    Checks all that `run_study` checks, times a few rollouts, and writes nothing. Where other
+    machines compute (`elsewhere`), it goes by the pace of two AMX cores.
 
     Raises:
         UsageError, MismatchError: as `run_study`.
     """
-    prepared = prepare(spec, world_model=world_model, task=task, planner=planner)
+    prepared = prepare(
+        spec, world_model=world_model, task=task, planner=planner, elsewhere=elsewhere
+    )
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
     stored = {
@@ -55,7 +64,7 @@ def plan_study(
         if (found := folder.peek_cell(id)) is not None
     }
     finished = [(c, stored[c.id]) for c in prepared.cells.values() if c.id in stored]
-    pace = measured_pace(prepared)
+    pace = SECONDS_PER_FRAME if elsewhere else measured_pace(prepared)
     owners: dict[str, str] = {}
     plans = []
     for arm, cell in prepared.cells.items():

@@ -26,7 +26,9 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name()
+        if device == "cuda" and torch.cuda.is_available()
+        else None,
         "commit": source_commit(),
     }
 

@@ -44,6 +44,11 @@ class Executor(Protocol):
         """How many run at once on this machine; they share its cores."""
         ...
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether they run on other machines, with devices that this one may lack."""
+        ...
+
     def run(
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
     ) -> None:
@@ -62,6 +67,7 @@ class InProcess:
     """One worker, in this process."""
 
     workers = 1
+    elsewhere = False
 
     def run(
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None
@@ -83,6 +89,7 @@ class Local:
     """
 
     workers: int
+    elsewhere = False
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -164,6 +171,7 @@ class Slurm:
     cluster: str = "slurm"
 
     workers = 1
+    elsewhere = True
 
     def run(
         self, job: Job, prepared: Prepared, watch: Watch, progress: StudyProgress | None

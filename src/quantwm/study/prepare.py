@@ -91,12 +91,14 @@ def prepare(
     world_model: WorldModel | None = None,
     task: Task | None = None,
     planner: Planner | None = None,
+    elsewhere: bool = False,
 ) -> Prepared:
     """Load the model, build task and planner, and resolve every arm to its cell.
 
     Args:
         spec: the study.
         world_model, task, planner: used in place of the ones that the study names.
+        elsewhere: other machines compute; this one may lack the device.
 
     Raises:
         UsageError: something in the study is wrong; a `PlanError` lists the arms' problems.
@@ -105,9 +107,9 @@ def prepare(
     """
     task = task if task is not None else build_task(spec.task)
     planner = planner if planner is not None else build_planner(spec.planner, task.name)
-    device = resolve_device(spec.device)
+    device = resolve_device(spec.device, here=not elsewhere)
     if world_model is None:
-        world_model = load(spec.model, device=device)
+        world_model = load(spec.model, device="cpu" if elsewhere else device)
     check_usable(world_model, task)
     spec = replace(spec, arms=with_blocks(spec.arms, world_model))
     planners = {arm.name: arm_planner(arm, planner) for arm in spec.arms}

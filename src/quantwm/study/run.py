@@ -84,7 +84,9 @@ def run_study(
     executor = executor or InProcess()
     if spec.threads is None and executor.workers > 1:
         spec = replace(spec, threads=max(1, cores() // executor.workers))
-    prepared = prepare(spec, world_model=world_model, task=task, planner=planner)
+    prepared = prepare(
+        spec, world_model=world_model, task=task, planner=planner, elsewhere=executor.elsewhere
+    )
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
     folder.check_writable()
