@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from quantwm import compute
 from quantwm.data.collect import _Shard, _shards, _simulated, collect
@@ -27,6 +29,7 @@ from quantwm.training.batches import Windows
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import initialize, trainable
 from quantwm.training.loss import validate, window_loss
+from quantwm.training.state import TrainingState
 from quantwm.training.train import TrainingSettings, train
 
 SETTINGS = TrainingSettings(
@@ -375,6 +378,26 @@ def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path, dropout):
         for line in (tmp_path / "killed/curve.jsonl").read_text().splitlines()
     ]
     assert steps[-1] == 12
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
+    """A limit on file sizes makes writes fail as a full disk does: in the middle of a file."""
+
+    def state(size):
+        settings = {"learning_rate": 0.1, "weight_decay": 0.0, "decay": 0.9}
+        return TrainingState({"weight": nn.Parameter(torch.ones(size))}, **settings)
+
+    state(3).save(tmp_path, {"run": 1})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
+    try:
+        with pytest.raises(QuantWMError, match=r"cannot write .*disk has room"):
+            state(10_000).save(tmp_path, {"run": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_training_does_not_touch_the_encoder(windows, tmp_path):

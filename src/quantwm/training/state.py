@@ -1,5 +1,6 @@
 """What a training run carries from step to step, and its checkpoint."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ class TrainingState:
             parameter.data, self.average[name] = self.average[name], parameter.data
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Write `checkpoint.pt`, atomically; `identity` is what a resumed run must share."""
+        """Write `checkpoint.pt`, atomically; `identity` is what a resumed run must share.
+
+        Raises:
+            QuantWMError: the folder cannot be written, or the disk is full.
+        """
         state = {
             "identity": identity,
             "step": self.step,
@@ -66,7 +71,10 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
         }
         with atomic_path(folder / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+            # Not by torch itself, which hides a full disk behind an error of its own zip writer.
+            content = io.BytesIO()
+            torch.save(state, content)
+            temporary.write_bytes(content.getbuffer())
 
     def resume(self, folder: Path, identity: dict[str, Any]) -> None:
         """Continue from `checkpoint.pt` where there is one.
