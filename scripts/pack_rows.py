@@ -11,7 +11,8 @@ goals keep 13 binary digits (0.03 of PushT's pixels), the states on the way 10 (
 
 import argparse
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,45 @@ def main() -> None:
     parser.add_argument("sources", type=Path, nargs="+", help="results folders, or rows")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="findings", help="in whose order arms come")
+    parser.add_argument(
+        "--arithmetic",
+        metavar="COMMIT=NAME",
+        action="append",
+        default=[],
+        help="of CPU rows of a commit from before rows said it, such as 10647c5=amx; repeatable",
+    )
     arguments = parser.parse_args()
-    arms = joined(arguments.sources, arguments.preset)
+    known = dict(said.split("=", 1) for said in arguments.arithmetic)
+    arms = joined(arguments.sources, arguments.preset, known)
     rows = [rounded_row(row) for rows in arms.values() for row in rows]
     arguments.out.write_bytes(packed(pa.Table.from_pylist(rows, schema=SCHEMA)))
     size = arguments.out.stat().st_size
     print(f"{len(rows)} rows, {size} bytes: {', '.join(name for name, _ in arms)}")
 
 
-def joined(sources: Sequence[Path], preset: str) -> dict[tuple[str, Origin], list[Row]]:
+def joined(
+    sources: Sequence[Path], preset: str, arithmetic: Mapping[str, str]
+) -> dict[tuple[str, Origin], list[Row]]:
     """Rows by arm and origin, of the first source that has them; the first source's come first."""
     found: dict[tuple[str, Origin], list[Row]] = {}
     for path in sources:
         own: dict[tuple[str, Origin], list[Row]] = {}
         for row in read_parquet(path) if path.is_file() else rows_of_folder(path):
+            row["provenance"] = completed(row["provenance"], arithmetic)
             own.setdefault((row["arm"], origin_of(row)), []).append(row)
         found |= {key: rows for key, rows in own.items() if key not in found}
     task = next(iter(found.values()))[0]["task"]
     order = {arm.name: place for place, arm in enumerate(load_preset(preset, task).arms)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0][0], len(order))))
+
+
+def completed(provenance: str, arithmetic: Mapping[str, str]) -> str:
+    """A row's provenance with the arithmetic of its commit, where it is a CPU's and lacks it."""
+    said = json.loads(provenance)
+    for commit, name in arithmetic.items():
+        if said["device"] == "cpu" and str(said["commit"]).startswith(commit):
+            said.setdefault("arithmetic", name)
+    return json.dumps(said)
 
 
 def rows_of_folder(path: Path) -> list[Row]:

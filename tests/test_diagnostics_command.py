@@ -9,9 +9,12 @@ from dino_wm_support import tiny_model
 from quantwm import calibration
 from quantwm.cli import app
 from quantwm.diagnostics import candidates
+from quantwm.diagnostics.interventions import Interventions
+from quantwm.diagnostics.verdict import InterventionVerdict
 from quantwm.loading import save
 from quantwm.methods import quantize
 from quantwm.planning.cem import CEM
+from quantwm.study.evidence import Evidence
 
 ONE = ("--episodes", "1", "--dtype", "float32")
 
@@ -114,8 +117,33 @@ def test_interventions_plan_judge_and_report(folders, tmp_path):
     found = facts(*arguments)
     assert found["kind"] == "interventions"
     assert found["verdict"]["arm"] == "float"
-    assert set(found["alignment"]) == {"oracle-latent", "float"}
+    assert set(found["alignment"]) == {"float"}
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_interventions_are_of_what_was_asked_for(folders, monkeypatch):
+    """Scheme, method, options, episodes and folder arrive; differences have signs, rates none."""
+    asked = []
+    rate = Evidence("float", 0.9, 0.79, 0.96, None, 50, "supported", "against a gate of 0.70")
+    loss = Evidence("w4@gptq minus float", -0.2, -0.3, 0.0, 0.1, 50, "undecided")
+    verdict = InterventionVerdict("w4@gptq", "undecided", "it is open", (rate, loss), (), 81)
+
+    def diagnose(spec, folder, **_):
+        asked.append((spec, folder))
+        return Interventions(verdict, {}, None)
+
+    monkeypatch.setattr("quantwm.diagnostics.interventions.diagnose_interventions", diagnose)
+    monkeypatch.setattr("quantwm.report.write_report", lambda folder, **_: folder)
+    options = ("--method", "gptq", "--option", "damping=0.02", "--episodes", "12", "--seed", "3")
+    shown = run(folders["float"], "--interventions", "w4", *options)
+    spec, folder = asked[0]
+    plans = [arm.plan for arm in spec.arms if arm.plan is not None]
+    assert {(plan.method, dict(plan.options)["damping"]) for plan in plans} == {("gptq", 0.02)}
+    assert (spec.episodes, spec.seed, spec.block) == (12, 3, "tuning")
+    assert str(folder) == "results/wall-interventions-w4@gptq-12"
+    assert "0.90 [0.79, 0.96]" in shown
+    assert "-0.20 [-0.30, +0.00]" in shown
+    assert "--episodes 81 would decide it" in shown
 
 
 def test_mistakes_say_what_would_be_right(folders):

@@ -1,5 +1,6 @@
 """The tables that the documentation shows are those of the rows beside it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def test_packing_keeps_what_the_tables_are_made_of(tmp_path):
             assert old[name] == new[name]
         np.testing.assert_allclose(new["states"], old["states"], rtol=2**-13)
         np.testing.assert_allclose(new["cost_by_iteration"], old["cost_by_iteration"], rtol=2**-10)
+
+
+def test_packing_can_say_the_arithmetic_of_rows_from_before_rows_said_it(tmp_path):
+    rows = [row for row in read_parquet(ROWS[1]) if row["arm"] == "float"][:3]
+    said = json.loads(rows[0]["provenance"])
+    said.pop("arithmetic", None)
+    for row, commit, device in zip(
+        rows, ("abc123", "def456", "abc123"), ("cpu", "cpu", "cuda"), strict=True
+    ):
+        row["provenance"] = json.dumps(said | {"commit": commit, "device": device})
+    write_parquet(tmp_path / "rows.parquet", rows)
+    packed = tmp_path / "packed.parquet"
+    command = [sys.executable, ROOT / "scripts/pack_rows.py", tmp_path / "rows.parquet"]
+    subprocess.run([*command, "--out", packed, "--arithmetic", "abc=amx"], check=True)
+    found = [json.loads(row["provenance"]) for row in read_parquet(packed)]
+    assert sorted(one.get("arithmetic", "") for one in found) == ["", "", "amx"]
+    assert {one["commit"] for one in found if "arithmetic" in one} == {"abc123"}
 
 
 def test_arms_are_compared_with_float_of_the_same_device():

@@ -68,7 +68,7 @@ def test_what_is_left_of_them_is_told(tmp_path):
     (tmp_path / "diagnostics" / "sensitivity-w2.json").unlink()
     status = study_status(tmp_path)
     assert status.diagnoses == (3, 4)
-    assert str(status).endswith("6 done; 3 of 4 diagnoses done")
+    assert str(status).endswith("6 done; diagnoses: 3 of 4 files")
     left = {one.arm: one.done for one in plan_study(**study(spec), out=tmp_path)}
     assert left["fidelity of w8, w2, w8a8"]
     assert not left["sensitivity to w2"]

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantwm.compute import cores
 from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMError, UsageError
 from quantwm.study import executors, plan_study, run_study
 from quantwm.study.claims import Claims
-from quantwm.study.executors import Local, Slurm, _on_device, batches
+from quantwm.study.executors import Local, Slurm, _on_device, batches, shared_threads
 from quantwm.study.prepare import prepare
 from quantwm.study.status import study_status
 from quantwm.study.worker import Job, job_of, work
@@ -29,6 +30,7 @@ from study_support import (
     PointTask,
     Recorder,
     by_arm,
+    content,
     point_spec,
     study,
     study_in_parts,
@@ -367,21 +369,71 @@ def test_a_worker_of_another_configuration_is_refused(tmp_path):
     assert len(list((tmp_path / "cells").iterdir())) == 1
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """Sets what this machine's processor is said to compute with."""
+    return lambda name: monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: name)
+
+
 @pytest.mark.parametrize("executor", [None, Local(2)], ids=["one", "several"])
-def test_processors_that_round_otherwise_are_refused(tmp_path, monkeypatch, executor):
-    """The first worker says what a folder is computed with; who only submits jobs says nothing."""
-    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "amx")
+def test_processors_that_round_otherwise_are_refused(tmp_path, processor, executor):
+    """The first worker says what a folder is computed with; a refused run changes nothing."""
+    processor("amx")
     run_study(**study(point_spec(arms=["float"])), out=tmp_path)
-    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "avx2")
-    more = study(point_spec(arms=["float", "w4"]))
-    with pytest.raises(MismatchError, match="processors with amx, this one computes with avx2"):
+    before = content(tmp_path)
+    processor("avx2")
+    more = study(point_spec(arms=["float", "w4"], threads=1))
+    refusal = "processors with amx, this one computes with avx2"
+    with pytest.raises(MismatchError, match=refusal):
         run_study(**more, out=tmp_path, executor=executor)
     with pytest.raises(MismatchError, match="--out"):
         work(Job(more["spec"], tmp_path, world_model=PointModel(), task=PointTask()))
-    assert len(list((tmp_path / "cells").iterdir())) == 1
-    assert study_status(tmp_path).count("waiting") == 1
-    monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: "amx")
+    with pytest.raises(MismatchError, match=refusal):
+        plan_study(**more, out=tmp_path)
+    assert content(tmp_path) == before
+    processor("amx")
     assert len(run_study(**more, out=tmp_path).summary) == 2
+
+
+def test_who_only_submits_or_looks_may_compute_otherwise(tmp_path, processor, monkeypatch):
+    def submit(_executor, _job, _parts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slurm, "_submit", submit)
+    processor("avx2")
+    arguments = study(point_spec(arms=["float", "w4"]))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(**arguments, out=tmp_path, executor=Slurm())
+        assert study_status(tmp_path).count("waiting") == 2
+    assert not (tmp_path / "arithmetic").exists()
+    processor("amx")
+    work(Job(point_spec(arms=["float"]), tmp_path, world_model=PointModel(), task=PointTask()))
+    assert (tmp_path / "arithmetic").read_text() == "amx"
+    processor("avx2")
+    assert [plan.done for plan in plan_study(**arguments, out=tmp_path, elsewhere=True)] == [
+        True,
+        False,
+    ]
+
+
+def test_a_folder_that_does_not_say_its_arithmetic_is_not_guessed(tmp_path):
+    arguments = study(point_spec(arms=["float"]))
+    run_study(**arguments, out=tmp_path)
+    (tmp_path / "arithmetic").write_text("")  # a loss of power
+    with pytest.raises(MismatchError, match="did not note its processor's arithmetic"):
+        run_study(**arguments, out=tmp_path)
+    for path in (tmp_path / "cells").iterdir():
+        path.unlink()
+    assert len(run_study(**arguments, out=tmp_path).summary) == 1
+    assert (tmp_path / "arithmetic").read_text()
+
+
+def test_each_task_of_several_shares_the_cores_alike(tmp_path):
+    """What is checked before, and listed by a dry run, has the threads that will be run."""
+    assert shared_threads(point_spec(threads=None), Local(2)).threads == max(1, cores() // 2)
+    assert shared_threads(point_spec(threads=3), Local(2)).threads == 3
+    assert shared_threads(point_spec(threads=None), Slurm()).threads is None
 
 
 def test_each_worker_gets_a_gpu_unless_the_study_names_one(monkeypatch):

@@ -75,8 +75,16 @@ def resolve_device(device: str | torch.device, *, here: bool = True) -> torch.de
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype, device: torch.device, *, here: bool = True
+) -> torch.dtype:
     """ "auto" is bfloat16 where the device multiplies it natively, else float32.
+
+    Args:
+        dtype: its name.
+        device: that computes.
+        here: this machine has the device; of another one's GPU, as recent as its kind are
+            since 2020, native bfloat16 is supposed.
 
     Raises:
         UsageError: a type other than float32 and bfloat16.
@@ -84,7 +92,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+        supposed = device.type == "cuda" and not here
+        return torch.bfloat16 if supposed or _native_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, [*DTYPES, "auto"])
     return DTYPES[dtype]
@@ -125,8 +134,6 @@ def device_of(world_model: WorldModel) -> torch.device:
 
 
 def _native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return True  # another machine's, such as a cluster's: all since 2020 do
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

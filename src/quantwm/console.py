@@ -357,8 +357,6 @@ def print_sensitivity(sensitivity: "Sensitivity") -> None:
 def print_interventions(found: "Interventions") -> None:
     """The verdict with its evidence, then how far costs mean success, arm by arm."""
     one = found.verdict
-    if found.gate:
-        out.print(f"\n{found.gate}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"\n{one.arm}: {one.verdict}; {one.reason}", markup=False, highlight=False)
     table = _columns("compared", _right("estimate"), "95% interval", "", "")
     for part in one.evidence:
@@ -372,7 +370,8 @@ def print_interventions(found: "Interventions") -> None:
         table.add_row(Text(part.text), *shown, part.verdict, Text(part.note))
     _print_whole(table)
     if one.episodes_needed is not None:
-        out.print(f"{one.episodes_needed} episodes would decide it", highlight=False)
+        needed = f"--episodes {one.episodes_needed}"
+        out.print(f"{needed} would decide it, if what was seen goes on", highlight=False)
     out.print("\nobjective: does a lower predicted cost mean success?", highlight=False)
     names = ("AUC", "cost falls to", "episodes in\nwhich it falls")
     table = _columns("arm", *(_right(name) for name in names))

@@ -53,7 +53,10 @@ def write_new(path: Path, text: str) -> bool:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        with temporary.open("w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
         # A link appears whole, and only where there was nothing: also on network drives.
         os.link(temporary, path)
     except FileExistsError:

@@ -86,14 +86,15 @@ def diagnose(
         int | None,
         typer.Option(
             help="Episodes of the tuning block; default: 16, with --sensitivity 4, with "
-            "--interventions 24."
+            "--interventions 50."
         ),
     ] = None,
     out_folder: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Results folder of --interventions; default results/TASK-interventions-SCHEME.",
+            help="Results folder of --interventions; default "
+            "results/TASK-interventions-SCHEME-EPISODES.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other episodes.")] = 0,

@@ -73,9 +73,13 @@ def study(
     """
     with exit_codes():
         from quantwm.study.dry_run import plan_study
+        from quantwm.study.executors import shared_threads
 
         executor = _executor(workers, slurm, slurm_setting or [], job_minutes)
-        planned = _studies(sources, preset, out_folder)
+        planned = [
+            (shared_threads(spec, executor), folder)
+            for spec, folder in _studies(sources, preset, out_folder)
+        ]
         if dry_run:
             plans = [
                 plan
@@ -236,13 +240,16 @@ def _run(
 ) -> None:
     from quantwm.errors import CellsFailedError, GateError
     from quantwm.report import write_report
-    from quantwm.study.prepare import check_folder, prepare
+    from quantwm.study.prepare import check_arithmetic, check_folder, prepare
     from quantwm.study.run import run_study
     from quantwm.study.store import ResultsFolder
 
     if len(planned) > 1:  # a slip in the last one shows before the first has run for hours
         for spec, folder in planned:
-            check_folder(prepare(spec, elsewhere=executor.elsewhere), ResultsFolder(folder))
+            prepared = prepare(spec, elsewhere=executor.elsewhere)
+            check_folder(prepared, ResultsFolder(folder))
+            if not executor.elsewhere:
+                check_arithmetic(prepared, ResultsFolder(folder))
     command = shlex.join(["quantwm", *sys.argv[1:]])
     stopped: list[GateError | CellsFailedError] = []
     summaries = {}

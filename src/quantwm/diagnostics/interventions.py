@@ -6,18 +6,22 @@ report says of its arms, without having to write the study.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantwm.diagnostics.alignment import ObjectiveAlignment, objective_alignment
 from quantwm.diagnostics.verdict import InterventionVerdict, verdict_by_intervention
-from quantwm.errors import GateError
 from quantwm.study.results import TaskResults, read_results
-from quantwm.study.run import run_study
+from quantwm.study.run import OnArm, run_study
 from quantwm.study.spec import StudySpec
+from quantwm.study.store import CONFIG
+from quantwm.study.tables import Summary
 
-DEFAULT_EPISODES = 24
+DEFAULT_EPISODES = 50
+"""Of fewer than 36 not even outcomes that are all alike show that success is kept."""
+_PREDICTED = ("float", "quantized")
+"""Kinds of arms that plan by costs of what a model predicts."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,12 @@ class Interventions:
     Attributes:
         verdict: which part makes it fail; of the float arm, where that fails itself.
         alignment: arm's name → objective alignment, of every arm that plans by a predicted cost.
-        results: the rows.
-        gate: why nothing quantized was run, where the float model fails; else "".
+        results: the rows; without quantized arms where the float model surely fails.
     """
 
     verdict: InterventionVerdict
     alignment: Mapping[str, ObjectiveAlignment]
     results: TaskResults
-    gate: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with `"kind": "interventions"`."""
@@ -42,7 +44,6 @@ class Interventions:
             "kind": "interventions",
             "verdict": self.verdict.to_dict(),
             "alignment": {name: one.to_dict() for name, one in self.alignment.items()},
-            "gate": self.gate,
         }
 
 
@@ -62,7 +63,7 @@ def intervention_study(
         model: bundled name or folder of the float model; its parts are `encoder` and `predictor`.
         scheme: of every layer, such as "w3".
         method, options: how weights are quantized.
-        settings: others of `StudySpec`, such as `episodes`, 24 unless given, and `seed`, 0.
+        settings: others of `StudySpec`, such as `episodes`, 50 unless given, and `seed`, 0.
 
     Raises:
         UsageError: an unknown scheme, method or setting.
@@ -79,22 +80,27 @@ def intervention_study(
             "options": dict(options or {}),
         }
 
-    arms = [
-        "oracle-state",
-        "oracle-latent",
-        "float",
-        quantized(),
-        quantized("encoder"),
-        quantized("predictor"),
-        quantized(kind="oracle-latent"),
-    ]
-    common = {"name": f"interventions-{scheme}{suffix}", "block": "tuning", "seed": 0}
-    common |= {"episodes": DEFAULT_EPISODES}
-    return StudySpec.from_dict(common | settings | {"task": task, "model": model, "arms": arms})
+    arms = {
+        "arms": [
+            "oracle-state",
+            "oracle-latent",
+            "float",
+            quantized(),
+            quantized("encoder"),
+            quantized("predictor"),
+            quantized(kind="oracle-latent"),
+        ]
+    }
+    common = {"block": "tuning", "seed": 0, "episodes": DEFAULT_EPISODES} | settings
+    name = f"interventions-{scheme}{suffix}-{common['episodes']}"
+    return StudySpec.from_dict({"name": name} | common | {"task": task, "model": model} | arms)
 
 
 def diagnose_interventions(spec: StudySpec, out: str | Path, **run: Any) -> Interventions:
     """Run the study of `intervention_study`, or what is missing of it, and judge.
+
+    Where the float model's success is surely below the gate, nothing quantized is run, and the
+    float model is judged by the oracles.
 
     Args:
         spec: that study.
@@ -104,20 +110,42 @@ def diagnose_interventions(spec: StudySpec, out: str | Path, **run: Any) -> Inte
     Raises:
         UsageError, MismatchError, CellsFailedError, QuantWMError: as `run_study`.
     """
-    gate = ""
-    try:
-        run_study(spec, out, **run)
-    except GateError as error:
-        gate = str(error)
-    results = read_results(out)
-    judged = next(arm.name for arm in spec.arms if arm.kind == "quantized")
-    reference = results.reference
-    if gate and reference is None:
-        raise GateError(gate)
-    name = judged if reference is None or not gate else reference
+    ungated = replace(spec, gate=0.0)  # `run_study`'s own gate would go by the rate alone
+    unquantized = tuple(arm for arm in spec.arms if arm.plan is None)
+    steps = [replace(ungated, arms=unquantized), ungated]
+    run = run | {"on_arm": _once(run.get("on_arm"))}
+    for step in steps[_steps_done(out) :]:
+        run_study(step, out, **run)
+        results = replace(read_results(out), gate=spec.gate)
+        judged = verdict_by_intervention(results, _judged(step))
+        if any(one.text == "float" and one.verdict == "contradicted" for one in judged.evidence):
+            break
     alignment = {
-        arm: objective_alignment(rows)
-        for arm, rows in results.rows.items()
-        if any(row["cost_by_iteration"] for row in rows) and arm != "oracle-state"
+        name: objective_alignment(rows)
+        for name, rows in results.rows.items()
+        if results.arms[name].kind in _PREDICTED
     }
-    return Interventions(verdict_by_intervention(results, name), alignment, results, gate)
+    return Interventions(judged, alignment, results)
+
+
+def _judged(spec: StudySpec) -> str:
+    """The arm that is judged: the quantized one, or float where there is none."""
+    return next((arm.name for arm in spec.arms if arm.kind == "quantized"), "float")
+
+
+def _steps_done(out: str | Path) -> int:
+    """1 where a folder's study has quantized arms already, so that float was judged before."""
+    config = Path(out) / CONFIG
+    return int(config.is_file() and _judged(StudySpec.from_yaml(config)) != "float")
+
+
+def _once(tell: OnArm | None) -> OnArm:
+    """Tell of each arm once, though two runs in turn have it."""
+    told: set[str] = set()
+
+    def on_arm(summary: Summary) -> None:
+        if tell is not None and summary["arm"] not in told:
+            tell(summary)
+        told.add(summary["arm"])
+
+    return on_arm

@@ -11,7 +11,7 @@ from quantwm.study.estimate import (
     diagnosis_seconds,
     measured_pace,
 )
-from quantwm.study.prepare import check_folder, prepare
+from quantwm.study.prepare import check_arithmetic, check_folder, prepare
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
 
@@ -58,6 +58,8 @@ def plan_study(
     )
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
+    if not elsewhere:
+        check_arithmetic(prepared, folder)
     stored = {
         id: found.seconds
         for id in {cell.id for cell in prepared.cells.values()}

@@ -13,22 +13,21 @@ from quantwm.compute import package_version, source_commit
 PACKAGES = ("torch", "numpy", "scipy")
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, *, here: bool = True) -> dict[str, Any]:
     """Versions, machine and commit as JSON values; what cannot be found out is None.
 
     Args:
         device: kind of device, "cpu" or "cuda"; a GPU is named.
+        here: this machine computes; nothing is said of it where others do.
     """
     return {
         "python": platform.python_version(),
         "quantwm": package_version(),
         **{name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name()
-        if device == "cuda" and torch.cuda.is_available()
-        else None,
+        "platform": platform.platform() if here else None,
+        "processor": _processor() if here else None,
+        "cores": os.cpu_count() if here else None,
+        "gpu": torch.cuda.get_device_name() if here and device == "cuda" else None,
         "commit": source_commit(),
     }
 

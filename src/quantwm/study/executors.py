@@ -18,10 +18,12 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from quantwm.compute import cores
 from quantwm.errors import MissingExtraError, QuantWMError, UsageError
 from quantwm.study.estimate import estimated_seconds
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, check_arithmetic
+from quantwm.study.prepare import Prepared
+from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import StudyProgress
 from quantwm.study.worker import Job, work
@@ -63,6 +65,13 @@ class Executor(Protocol):
         ...
 
 
+def shared_threads(spec: StudySpec, executor: Executor) -> StudySpec:
+    """The study with this machine's cores shared among workers, unless it gives their threads."""
+    if spec.threads is not None or executor.workers == 1:
+        return spec
+    return replace(spec, threads=max(1, cores() // executor.workers))
+
+
 class InProcess:
     """One worker, in this process."""
 
@@ -101,12 +110,10 @@ class Local:
         """Start the workers and wait for them.
 
         Raises:
-            MismatchError: other processors have begun the study.
             QuantWMError: workers are killed again and again without finishing anything.
         """
         context = multiprocessing.get_context("spawn")
         kills, finished, folder = 0, (0, 0), ResultsFolder(job.folder)
-        check_arithmetic(prepared, folder)  # before each of them says so in its own traceback
         show = _bar(progress, f"{self.workers} workers")
 
         def start(index: int) -> BaseProcess:
@@ -196,7 +203,8 @@ class Slurm:
             done, total = watch()
             return [job] * min(self.most_jobs, total - done)
 
-        quantized = [n for n in prepared.order if prepared.cells[n].kind == "quantized"]
+        cells = prepared.cells  # a plan: also an oracle with a quantized encoder
+        quantized = [n for n in prepared.order if cells[n].plan or cells[n].kind == "quantized"]
         references = [name for name in prepared.order if name not in quantized]
         try:
             if job.stage == "diagnoses":

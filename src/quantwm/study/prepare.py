@@ -120,7 +120,7 @@ def prepare(
         task=plain(task.settings() | {"name": task.name}),
         planner=plain(planner.settings()),
         device=device.type,
-        dtype=dtype_name(resolve_dtype(spec.dtype, device)),
+        dtype=dtype_name(resolve_dtype(spec.dtype, device, here=not elsewhere)),
         threads=spec.threads or torch.get_num_threads(),
     )
     fingerprint = model_hash(world_model)
@@ -279,24 +279,40 @@ def check_folder(prepared: Prepared, folder: ResultsFolder) -> None:
 
 
 def check_arithmetic(prepared: Prepared, folder: ResultsFolder) -> None:
-    """Refuse to compute here what other processors have begun; the first worker says which.
+    """Refuse to compute here what other processors have begun.
 
-    Not part of `check_folder`: who submits jobs, or looks, may sit at another kind of machine.
+    Apart from `check_folder`, because who submits jobs may sit at another kind of machine.
 
     Raises:
         MismatchError: this processor rounds otherwise than the folder's.
-        QuantWMError: the folder cannot be written.
     """
     if prepared.device.type != "cpu":
         return
-    own = cpu_arithmetic()
-    settled = folder.settled_arithmetic(own)
-    if settled != own:
+    own, found = cpu_arithmetic(), folder.arithmetic()
+    if found == "unknown":
         raise MismatchError(
-            f"{folder.path} is computed on processors with {settled}, this one computes with "
-            f"{own}: they round otherwise, so that rows of both would not compare. Work on a "
-            "machine like the first, or run the study here into another folder (--out)."
+            f"{folder.path} was begun by a quantwm that did not note its processor's arithmetic, "
+            f"{own} here, on which its rows depend: run the study into another folder (--out)"
         )
+    if found not in (None, own):
+        raise MismatchError(
+            f"{folder.path} is computed on processors with {found}, this one computes with {own}: "
+            "they round otherwise, so that rows of both would not compare. Work on a machine like "
+            "the first, or run the study here into another folder (--out)."
+        )
+
+
+def settle_arithmetic(prepared: Prepared, folder: ResultsFolder) -> None:
+    """Say with which arithmetic a folder is computed, if this worker is the first.
+
+    Raises:
+        MismatchError: another one was, and its processor rounds otherwise.
+        QuantWMError: the folder cannot be written.
+    """
+    check_arithmetic(prepared, folder)
+    if prepared.device.type == "cpu":
+        folder.settle_arithmetic(cpu_arithmetic())
+        check_arithmetic(prepared, folder)
 
 
 def _shared(spec: StudySpec, fingerprint: str) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def origin_of(row: Row) -> Origin:
     """Where a row was computed, as far as its numbers depend on it."""
     try:
         said = json.loads(row["provenance"])
-        return tuple(str(said.get(key)) for key in _ORIGIN)
+        # Threads order a CPU's sums.
+        keys = (*_ORIGIN, "threads") if said["device"] == "cpu" else _ORIGIN
+        return tuple(str(said.get(key)) for key in keys)
     except (KeyError, ValueError, AttributeError):
         return ()
 

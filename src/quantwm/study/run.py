@@ -6,16 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from quantwm.compute import NUMERICS_VERSION, cores
+from quantwm.compute import NUMERICS_VERSION
 from quantwm.errors import CellsFailedError, QuantWMError
 from quantwm.evaluation import Row
 from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import Claims
 from quantwm.study.diagnose import Diagnoses, diagnoses_of, files_of
 from quantwm.study.environment import environment
-from quantwm.study.executors import Executor, InProcess
+from quantwm.study.executors import Executor, InProcess, shared_threads
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, check_folder, prepare
+from quantwm.study.prepare import Prepared, check_arithmetic, check_folder, prepare
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.tables import Summary, Tables
@@ -82,15 +82,16 @@ def run_study(
         StudyInterrupted: Ctrl-C.
     """
     executor = executor or InProcess()
-    if spec.threads is None and executor.workers > 1:
-        spec = replace(spec, threads=max(1, cores() // executor.workers))
+    spec = shared_threads(spec, executor)
     prepared = prepare(
         spec, world_model=world_model, task=task, planner=planner, elsewhere=executor.elsewhere
     )
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
+    if not executor.elsewhere:
+        check_arithmetic(prepared, folder)
     folder.check_writable()
-    run = _Run(prepared, folder, on_arm or (lambda _: None))
+    run = _Run(prepared, folder, on_arm or (lambda _: None), here=not executor.elsewhere)
     run.write_config()
     run.forget_failures()
     job = Job(prepared.spec, folder.path, world_model=world_model, task=task, planner=planner)
@@ -154,8 +155,11 @@ def _diagnose(
 class _Run:
     """What one run of a study knows of its cells."""
 
-    def __init__(self, prepared: Prepared, folder: ResultsFolder, on_arm: OnArm) -> None:
+    def __init__(
+        self, prepared: Prepared, folder: ResultsFolder, on_arm: OnArm, *, here: bool
+    ) -> None:
         self._prepared, self._folder, self._on_arm = prepared, folder, on_arm
+        self._here = here
         self._told: set[str] = set()
         cells = {name: cell.id for name, cell in prepared.cells.items()}
         self.ids = set(cells.values())
@@ -228,6 +232,6 @@ class _Run:
                 for diagnosis in diagnoses_of(self._prepared)
                 for file in files_of(self._prepared, diagnosis)
             },
-            "environment": environment(self._prepared.device.type),
+            "environment": environment(self._prepared.device.type, here=self._here),
         }
         self._folder.write_config(self._prepared.spec.to_dict() | {RECORD: record})

@@ -56,7 +56,7 @@ class StudyStatus:
     def __str__(self) -> str:
         counted = ", ".join(f"{self.count(s)} {s}" for s in STATES if self.count(s))
         made, wanted = self.diagnoses
-        besides = f"; {made} of {wanted} diagnoses done" if wanted else ""
+        besides = f"; diagnoses: {made} of {wanted} files" if wanted else ""
         return f"{self.folder}: {len(self.arms)} arms, {counted}{besides}"
 
 

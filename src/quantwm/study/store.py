@@ -246,18 +246,28 @@ class ResultsFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def settled_arithmetic(self, own: str) -> str:
-        """What all workers of the folder compute with: this worker's, if it is the first.
+    def arithmetic(self) -> str | None:
+        """What the folder's workers compute with; None where nothing is computed yet.
+
+        "unknown" where an older quantwm, which did not note it, has computed something.
 
         Raises:
-            QuantWMError: the folder cannot be read or written.
+            QuantWMError: the folder cannot be read.
         """
         path = self.path / ARITHMETIC
-        write_new(path, own)
         try:
-            return path.read_text()
+            said = path.read_text().strip() if path.exists() else ""
         except OSError as error:
             raise QuantWMError(f"cannot read {path}: {error.strerror or error}") from error
+        computed = any(self.path.glob("cells/*.json")) or any(self.path.glob("parts/*/*.json"))
+        return said or ("unknown" if computed else None)
+
+    def settle_arithmetic(self, own: str) -> None:
+        """Say what the folder is computed with, unless another worker has."""
+        path = self.path / ARITHMETIC
+        if not write_new(path, own) and not path.read_text().strip():
+            with atomic_path(path) as temporary:  # cut off by a loss of power
+                temporary.write_text(own)
 
     def check_usable(self) -> None:
         """Refuse a folder with files that a study would overwrite but did not write.

@@ -13,7 +13,7 @@ from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import HEARTBEAT, STALE, Claims
 from quantwm.study.diagnose import Diagnoses, Diagnosis
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, check_arithmetic, check_folder, prepare
+from quantwm.study.prepare import Prepared, check_folder, prepare, settle_arithmetic
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import CellWork, StudyProgress
@@ -113,7 +113,7 @@ def work(
     prepared = prepared or job.prepared()
     folder = ResultsFolder(job.folder)
     check_folder(prepared, folder)
-    check_arithmetic(prepared, folder)
+    settle_arithmetic(prepared, folder)
     claims = Claims(folder.claims, heartbeat=job.heartbeat, stale=job.stale)
     worker = CellWork(prepared, folder, claims, progress)
     with cpu_threads(prepared.spec.threads):
