@@ -141,6 +141,17 @@ class DyingModel(PointModel):
         return super().encode(observation)
 
 
+POINT_SETTINGS: dict[str, Any] = {
+    "mpc_iterations": 3,
+    "planner": {"samples": 16, "elites": 4, "steps": 2, "horizon": 3},
+    "calibration": {"episodes": 2, "samples": 8, "seed": 4},
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+    "gate": 0.5,
+}
+
+
 def point_spec(**changes: Any) -> StudySpec:
     """A study of the point that takes well under a second."""
     values: dict[str, Any] = {
@@ -149,15 +160,8 @@ def point_spec(**changes: Any) -> StudySpec:
         "arms": ["oracle-state", "oracle-latent", "float", "w8", "w4", "w2"],
         "episodes": 6,
         "seed": 3,
-        "mpc_iterations": 3,
-        "planner": {"samples": 16, "elites": 4, "steps": 2, "horizon": 3},
-        "calibration": {"episodes": 2, "samples": 8, "seed": 4},
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": 1,
-        "gate": 0.5,
     }
-    return StudySpec.from_dict(values | changes)
+    return StudySpec.from_dict(POINT_SETTINGS | values | changes)
 
 
 def study(spec: StudySpec | None = None) -> dict[str, Any]:

@@ -17,17 +17,9 @@ from quantwm.diagnostics.verdict import verdict_by_intervention
 from quantwm.errors import UsageError
 from quantwm.study.prepare import prepare
 from quantwm.study.results import read_results
-from study_support import PointModel, PointTask, Recorder
+from study_support import POINT_SETTINGS, PointModel, PointTask, Recorder
 
-SETTINGS = {
-    "mpc_iterations": 2,
-    "planner": {"samples": 16, "elites": 4, "steps": 2, "horizon": 3},
-    "calibration": {"episodes": 2, "samples": 8, "seed": 4},
-    "dtype": "float32",
-    "device": "cpu",
-    "threads": 1,
-    "gate": 0.5,
-}
+SETTINGS = POINT_SETTINGS | {"mpc_iterations": 2}
 
 
 def judged(out, model, scheme="w2", episodes=40, **settings):

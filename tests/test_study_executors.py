@@ -429,8 +429,7 @@ def test_a_folder_that_does_not_say_its_arithmetic_is_not_guessed(tmp_path):
     assert (tmp_path / "arithmetic").read_text()
 
 
-def test_each_task_of_several_shares_the_cores_alike(tmp_path):
-    """What is checked before, and listed by a dry run, has the threads that will be run."""
+def test_workers_share_the_cores_unless_the_study_gives_threads():
     assert shared_threads(point_spec(threads=None), Local(2)).threads == max(1, cores() // 2)
     assert shared_threads(point_spec(threads=3), Local(2)).threads == 3
     assert shared_threads(point_spec(threads=None), Slurm()).threads is None

@@ -1,5 +1,7 @@
 """The application that commands are added to, and the arguments that several of them take."""
 
+import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -12,6 +14,12 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+
+def command_line() -> str:
+    """The command that is running, as it may be typed again."""
+    return shlex.join(["quantwm", *sys.argv[1:]])
+
 
 TaskName = Annotated[str, typer.Argument(help="The task, e.g. wall.")]
 ModelName = Annotated[str, typer.Argument(help="A bundled model's name, or a model's folder.")]

@@ -1,14 +1,12 @@
 """The command that says where and why a world model goes wrong."""
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantwm.cli.app import Device, Json, ModelName, app
+from quantwm.cli.app import Device, Json, ModelName, app, command_line
 from quantwm.console import (
     ArmLines,
     StudyBar,
@@ -288,7 +286,7 @@ class _Job:
                 progress=StudyBar(progress),
                 on_arm=None if self.as_json else ArmLines(),
             )
-        report = write_report(target, command=shlex.join(["quantwm", *sys.argv[1:]]))
+        report = write_report(target, command=command_line())
         if self.as_json:
             print_json({"folder": str(target), "report": str(report)} | found.to_dict())
         else:

@@ -1,13 +1,11 @@
 """The commands that plan in closed loop: a study, workers that join it, and where it stands."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantwm.cli.app import Json, app
+from quantwm.cli.app import Json, app, command_line
 from quantwm.console import (
     ArmLines,
     StudyBar,
@@ -250,7 +248,7 @@ def _run(
             check_folder(prepared, ResultsFolder(folder))
             if not executor.elsewhere:
                 check_arithmetic(prepared, ResultsFolder(folder))
-    command = shlex.join(["quantwm", *sys.argv[1:]])
+    command = command_line()
     stopped: list[GateError | CellsFailedError] = []
     summaries = {}
     for spec, folder in planned:

@@ -80,20 +80,19 @@ def intervention_study(
             "options": dict(options or {}),
         }
 
-    arms = {
-        "arms": [
-            "oracle-state",
-            "oracle-latent",
-            "float",
-            quantized(),
-            quantized("encoder"),
-            quantized("predictor"),
-            quantized(kind="oracle-latent"),
-        ]
-    }
+    arms = [
+        "oracle-state",
+        "oracle-latent",
+        "float",
+        quantized(),
+        quantized("encoder"),
+        quantized("predictor"),
+        quantized(kind="oracle-latent"),
+    ]
     common = {"block": "tuning", "seed": 0, "episodes": DEFAULT_EPISODES} | settings
     name = f"interventions-{scheme}{suffix}-{common['episodes']}"
-    return StudySpec.from_dict({"name": name} | common | {"task": task, "model": model} | arms)
+    what = {"name": name, "task": task, "model": model, "arms": arms}
+    return StudySpec.from_dict(common | what)
 
 
 def diagnose_interventions(spec: StudySpec, out: str | Path, **run: Any) -> Interventions:
