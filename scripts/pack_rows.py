@@ -6,7 +6,7 @@ Cells of unfinished studies count too, and folders and earlier files may share a
 them, each arm being taken from the first that has it; one that was computed on several devices is
 kept of each. Arms come in the order of the preset (`--preset`), others after them. Distances and
 goals keep 13 binary digits (0.03 of PushT's pixels), the states on the way 10 (0.25), a plan's cost
-10 (0.1%) and those of its steps 9; every column is stored in the encoding in which it is smallest.
+10 (0.1%) and those of its steps 8; every column is stored in the encoding in which it is smallest.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BITS = {
     "final_distance": 13,
     "distance_by_iteration": 13,
     "cost_by_iteration": 10,
-    "cost_by_step": 9,
+    "cost_by_step": 8,
     "states": 10,
     "goal": 13,
 }
