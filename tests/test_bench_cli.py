@@ -16,7 +16,7 @@ from quantwm.bench.machine import AttentionRow
 from quantwm.bench.planner import PlannerReport, PlannerRow
 from quantwm.bench.subjects import Subject
 from quantwm.bench.variants import DEFAULT_VARIANTS, LITERAL, VARIANTS
-from quantwm.cli import app
+from quantwm.cli import app, bench_output
 
 ROW = PlannerRow(
     scale="compact",
@@ -62,8 +62,9 @@ def run(*arguments):
 
 def printed(monkeypatch, width, *rows):
     to = Console(width=width, file=io.StringIO())
-    monkeypatch.setattr(console, "out", to)
-    console.print_planner_bench(PlannerReport(MACHINE, list(rows), [ATTENTION]))
+    for module in (console, bench_output):
+        monkeypatch.setattr(module, "out", to)
+    bench_output.print_planner_bench(PlannerReport(MACHINE, list(rows), [ATTENTION]))
     return to.file.getvalue().splitlines()
 
 

@@ -10,6 +10,7 @@ from dino_wm_support import tiny_model
 from quant_support import TinyCalibration, TinyWorldModel
 from quantwm import console
 from quantwm.bench.methods import MethodRow, bench_methods, weight_error
+from quantwm.cli import bench_output
 from quantwm.diagnostics.block_error import block_errors
 from quantwm.errors import UsageError
 from quantwm.fingerprint import model_hash
@@ -100,12 +101,13 @@ def test_bad_requests_are_refused_before_anything_is_measured():
 
 def test_a_refused_row_is_told_below_the_table(monkeypatch):
     to = Console(width=60, file=io.StringIO())
-    monkeypatch.setattr(console, "out", to)
+    for module in (console, bench_output):
+        monkeypatch.setattr(module, "out", to)
     rows = [
         MethodRow("rtn", "w4", None, 1.5, 600.0, 0.25, 0.125, 0.1, 0.2),
         MethodRow("percentile", "w4", refused="no layer of the plan has static activations"),
     ]
-    console.print_methods_bench(rows)
+    bench_output.print_methods_bench(rows)
     printed = to.file.getvalue()
     assert "0.2500" in printed
     assert "0.1250" in printed

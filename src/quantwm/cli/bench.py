@@ -6,14 +6,8 @@ from typing import Annotated
 import typer
 
 from quantwm.cli.app import Device, Json, bench_app
-from quantwm.console import (
-    bars,
-    counter,
-    exit_codes,
-    print_json,
-    print_methods_bench,
-    print_planner_bench,
-)
+from quantwm.cli.bench_output import print_methods_bench, print_planner_bench
+from quantwm.console import bars, counter, exit_codes, print_json
 
 
 @bench_app.command("planner", epilog="Example: quantwm bench planner --scale compact --rounds 5")

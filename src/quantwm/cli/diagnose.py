@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantwm.cli.app import Device, Json, ModelName, app, command_line
-from quantwm.console import (
-    ArmLines,
-    StudyBar,
-    bars,
-    counter,
-    exit_codes,
-    out,
+from quantwm.cli.diagnosis_output import (
     print_fidelity,
     print_interventions,
-    print_json,
     print_rollout_diagnosis,
     print_sensitivity,
 )
+from quantwm.cli.study_output import ArmLines, StudyBar
+from quantwm.console import bars, counter, exit_codes, out, print_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress

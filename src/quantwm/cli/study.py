@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantwm.cli.app import Json, app, command_line
-from quantwm.console import (
-    ArmLines,
-    StudyBar,
-    bars,
-    exit_codes,
-    out,
-    print_cells,
-    print_json,
-    print_status,
-)
+from quantwm.cli.study_output import ArmLines, StudyBar, print_cells, print_status
+from quantwm.console import bars, exit_codes, out, print_json
 
 if TYPE_CHECKING:
     from quantwm.study.executors import Executor
