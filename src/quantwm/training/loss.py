@@ -6,6 +6,7 @@ from torch import Tensor
 
 from quantwm.compute import fast_products
 from quantwm.models.dino_wm import DINOWM
+from quantwm.models.predictor import Window
 from quantwm.training.batches import Batch, Windows
 
 
@@ -34,11 +35,15 @@ def window_loss(
     losses = [
         _observation_error(predicted, target[:, 1 : history + 1], world_model, proprio_weight)
     ]
-    imagined, newest = [frames[:, 0]], predicted[:, 0]
-    for ahead in range(1, unroll):
-        imagined.append(_with_action(world_model, newest.float(), action[:, ahead]))
-        newest = world_model.predict(torch.stack(imagined[-history:], dim=1))[:, -1]
-        losses.append(_observation_error(newest, target[:, ahead + 1], world_model, proprio_weight))
+    if unroll > 1:
+        # Its first frame's successor is known from above; the window wants its keys and values.
+        window = Window(world_model.predictor)
+        newest = window.successor([frames[:, 0]])
+        for ahead in range(1, unroll):
+            fed = _with_action(world_model, newest.float(), action[:, ahead])
+            newest = window.successor([fed])
+            error = _observation_error(newest, target[:, ahead + 1], world_model, proprio_weight)
+            losses.append(error)
     return torch.stack(losses).mean()
 
 
