@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ import quantwm as qwm
 from encoder_support import TINY, assert_same, tiny_state
 from quantwm.cli import app
 from quantwm.data.collect import collect
+from quantwm.data.sources import end_to_end, open_data
 from quantwm.envs import Wall
 from quantwm.errors import MismatchError, UsageError
 from quantwm.loading import load
@@ -142,3 +144,58 @@ def test_latents_are_of_all_that_an_encoder_sees_through(folder, change):
     )
     assert other != key
     assert json.loads(json.dumps(other)) == other
+
+
+@pytest.fixture(scope="module")
+def more(folder):
+    """Data beside those of `folder`."""
+    collect(Wall(), folder / "more", train=5, validation=3, seed=1)
+
+
+@pytest.mark.usefixtures("more")
+def test_several_data_sets_are_trained_on_as_one(folder, monkeypatch):
+    seen = {}
+
+    def remember(world_model, windows, validation, *_arguments, **options):
+        seen.update(train=windows, validation=validation, data=options["data"])
+        return world_model
+
+    def windows_of(*names):
+        monkeypatch.setattr(pipeline, "train", remember)
+        folders = [folder / name for name in names]
+        train_task(
+            Wall(),
+            folders[0] if len(folders) == 1 else folders,
+            folder / "-".join(names),
+            folder / f"latents-{'-'.join(names)}",
+            SETTINGS,
+            encoder="tiny",
+            init=load(folder / "run/model"),
+            device="cpu",
+        )
+        return dict(seen)
+
+    both, first, second = windows_of("data", "more"), windows_of("data"), windows_of("more")
+    for split in ("train", "validation"):
+        own = [part[split].batch(np.arange(len(part[split]))) for part in (first, second)]
+        joined = both[split].batch(np.arange(len(both[split])))
+        for name in ("visual", "proprio", "actions"):
+            torch.testing.assert_close(
+                getattr(joined, name), torch.cat([getattr(part, name) for part in own])
+            )
+    assert both["data"] != first["data"]
+
+
+@pytest.mark.usefixtures("more")
+def test_frames_of_several_data_sets_are_each_ones_own(folder):
+    sets = [open_data(folder / name, Wall()) for name in ("data", "more")]
+    splits = [data_set.splits["train"] for data_set in sets]
+    joined = end_to_end(splits)
+    trajectory, steps = np.array([9, 0, 12, 3]), np.array([2, 5, 0, 1])
+    expected = [splits[1], splits[0], splits[1], splits[0]]
+    own = trajectory - np.where(trajectory >= 8, 8, 0)
+    shown = joined.frames(trajectory, steps)
+    for at, split in enumerate(expected):
+        np.testing.assert_array_equal(
+            shown[at], split.frames(own[at : at + 1], steps[at : at + 1])[0]
+        )

@@ -31,16 +31,27 @@ def collect(
         list[str] | None,
         typer.Option(help="The task's own, NAME=VALUE, such as shape=L; may be repeated."),
     ] = None,
+    planned_by: Annotated[
+        str | None,
+        typer.Option(help="A model, whose planner's candidates act instead of a script."),
+    ] = None,
 ) -> None:
     """Collect trajectories with the task's scripted policy. Run again to continue."""
     with exit_codes("Complete shards are kept: run the same command to go on."):
         from quantwm.data.collect import collect as collect_trajectories
         from quantwm.envs import get_task
 
+        place = get_task(task, **settings_of("a task's setting", "shape=L", setting or []))
+        policy = None
+        if planned_by is not None:
+            from quantwm.data.planned import PlannedPolicy
+
+            policy = PlannedPolicy(place, planned_by)
         with bars() as progress:
             store = collect_trajectories(
-                get_task(task, **settings_of("a task's setting", "shape=L", setting or [])),
+                place,
                 out_folder,
+                policy=policy,
                 train=train,
                 validation=validation,
                 seed=seed,
@@ -53,7 +64,10 @@ def collect(
 @app.command(epilog="Example: quantwm train wall --data data/wall --out runs/wall")
 def train(
     task: TaskName,
-    data: Annotated[Path, typer.Option(help="Folder of `quantwm collect`, or DINO-WM's data set.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Folder of `quantwm collect`, or DINO-WM's data set; may be repeated."),
+    ],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for model and checkpoints.")],
     cache: Annotated[
         Path | None, typer.Option(help="Folder for cached latents (GBs); default OUT/latents.")
@@ -146,7 +160,7 @@ def train(
                 note = f"loss {figures['loss']:.4f}"
                 progress.update(drawing, completed=step, total=total, note=note, visible=True)
 
-            stored = stored_task(data) or {}
+            stored = stored_task(data[0]) or {}
             train_task(
                 build_task(stored) if stored.get("name") == task else get_task(task),
                 data,

@@ -1,4 +1,4 @@
-"""Collecting trajectories with a task's scripted policy."""
+"""Collecting trajectories of a policy: a task's scripted one, or another."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ DEFAULT_COUNTS = {"train": 12_000, "validation": 500}
 
 @runtime_checkable
 class Scripted(Protocol):
-    """A task that can behave by itself."""
+    """A behaviour in a task; tasks that can behave by themselves are one."""
 
     policy: str
-    """Name and version of the scripted policy."""
+    """Name and version of the policy."""
     trajectory_steps: int
     """Raw actions in a trajectory."""
 
@@ -43,30 +43,34 @@ def collect(
     task: Task,
     folder: Path,
     *,
+    policy: Scripted | None = None,
     train: int = DEFAULT_COUNTS["train"],
     validation: int = DEFAULT_COUNTS["validation"],
     seed: int = 0,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrajectoryFolder:
-    """Write scripted trajectories in shards; shards that are there already are kept.
+    """Write trajectories in shards; shards that are there already are kept.
 
     Args:
-        task: a task with a scripted policy.
+        task: where it happens.
         folder: where to; made if it is not there.
+        policy: what acts, see `quantwm.data.planned`; None for the task's scripted policy.
         train, validation: trajectories of each split, from disjoint seed blocks.
         seed: 0 to 1,023; another seed gives other trajectories, none of them in common.
         workers: processes that simulate; the data do not depend on how many.
         progress: called with (trajectories done, of how many).
 
     Raises:
-        UsageError: the task has no scripted policy, a count below 1 or above 64,000 a split, or
-            a seed out of range.
+        UsageError: the task has no scripted policy and none is given, a count below 1 or above
+            64,000 a split, or a seed out of range.
         MismatchError: the folder holds data of another task, policy, seed or size.
         QuantWMError: a process died.
     """
-    if not isinstance(task, Scripted):
-        raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
+    if policy is None:
+        if not isinstance(task, Scripted):
+            raise UsageError(f"task {task.name!r} has no scripted policy to collect with")
+        policy = task
     if train < 1 or validation < 1:
         raise UsageError(f"need at least one trajectory a split, got {train} and {validation}")
     if max(train, validation) > SHARD * _SHARDS:
@@ -82,7 +86,7 @@ def collect(
     counts: dict[SeedBlock, int] = {"train": train, "validation": validation}
     store.begin(
         task.settings(),
-        {"policy": task.policy, "seed": seed, "train": train, "validation": validation},
+        {"policy": policy.policy, "seed": seed, "train": train, "validation": validation},
     )
     shards = [shard for split, count in counts.items() for shard in _shards(split, count, seed)]
     missing = [shard for shard in shards if not store.has_shard(shard.name)]
@@ -90,7 +94,7 @@ def collect(
         train + validation - sum(len(shard.seeds) for shard in missing),
         train + validation,
     )
-    for shard, trajectories in zip(missing, _simulated(task, missing, workers), strict=True):
+    for shard, trajectories in zip(missing, _simulated(policy, missing, workers), strict=True):
         store.add_shard(shard.name, shard.split, trajectories)
         done += len(shard.seeds)
         if progress is not None:
@@ -116,15 +120,15 @@ def _shards(split: SeedBlock, count: int, seed: int) -> Iterator[_Shard]:
         yield _Shard(f"{split}-{number:04d}-{size}", split, seeds)
 
 
-def _simulated(task: Scripted, shards: list[_Shard], workers: int) -> Iterator[Trajectories]:
+def _simulated(policy: Scripted, shards: list[_Shard], workers: int) -> Iterator[Trajectories]:
     """The trajectories of each shard, in order."""
     if workers == 1 or len(shards) < 2:
-        yield from (_simulate(task, shard.seeds) for shard in shards)
+        yield from (_simulate(policy, shard.seeds) for shard in shards)
         return
     # Spawned, not forked: a fork of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context)
-    futures = [pool.submit(_simulate, task, shard.seeds) for shard in shards]
+    futures = [pool.submit(_simulate, policy, shard.seeds) for shard in shards]
     try:
         yield from (future.result() for future in futures)
     except BrokenProcessPool as error:
@@ -140,13 +144,13 @@ def _simulated(task: Scripted, shards: list[_Shard], workers: int) -> Iterator[T
         pool.shutdown(wait=False)
 
 
-def _simulate(task: Scripted, seeds: list[int]) -> Trajectories:
-    steps = task.trajectory_steps
-    states, actions = task.scripted(seeds, steps)
+def _simulate(policy: Scripted, seeds: list[int]) -> Trajectories:
+    steps = policy.trajectory_steps
+    states, actions = policy.scripted(seeds, steps)
     return Trajectories(
         states.reshape(-1, states.shape[-1]),
         actions.reshape(-1, actions.shape[-1]).astype(np.float32),
         np.full(len(seeds), steps, np.int64),
-        dict(task.sample_layout(seeds)),
+        dict(policy.sample_layout(seeds)),
         np.asarray(seeds, np.int64),
     )

@@ -6,7 +6,7 @@ a split and a JSON index. Encoding resumes where it stopped.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +54,30 @@ class FrameIndex:
         steps = np.concatenate([frameskip * np.arange(count) for count in frames])
         owner = np.repeat(np.arange(len(trajectories)), frames)
         return cls(trajectories.state_offsets[owner] + steps, owner, steps, frames)
+
+
+class EndToEnd:
+    """Latents of several splits as if they were one array (F, P, D), none of them copied."""
+
+    def __init__(self, parts: Sequence[npt.NDArray[np.float16]]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """The latents (..., P, D) of rows (...)."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        owner = np.searchsorted(self._ends, rows, side="right")
+        chosen = np.empty((*rows.shape, *self.shape[1:]), np.float16)
+        for number, part in enumerate(self._parts):
+            own = owner == number
+            chosen[own] = part[rows[own] - (self._ends[number] - len(part))]
+        return chosen
 
 
 def encode_split(

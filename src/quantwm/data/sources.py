@@ -1,6 +1,6 @@
 """A data set to train on, whoever wrote it: trajectories, their frames, their statistics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -88,6 +88,38 @@ def open_data(folder: Path, task: Task) -> DataSet:
         f"{folder} holds no data set: neither dataset.json, as 'quantwm collect' writes it, nor "
         "states.pth, as DINO-WM's data sets have it"
     )
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Frames of several splits' trajectories, end to end."""
+
+    splits: Sequence[Split]
+
+    def __call__(self, trajectory: IntArray, steps: IntArray) -> npt.NDArray[np.uint8]:
+        """Frames (n, H, W, 3) of trajectories (n,) at steps (n,)."""
+        ends = np.cumsum([len(split.trajectories) for split in self.splits])
+        owner = np.searchsorted(ends, trajectory, side="right")
+        frames: npt.NDArray[np.uint8] | None = None
+        for number, split in enumerate(self.splits):
+            own = owner == number
+            if not own.any():
+                continue
+            first = ends[number] - len(split.trajectories)
+            part = split.frames(trajectory[own] - first, steps[own])
+            if frames is None:
+                frames = np.empty((len(trajectory), *part.shape[1:]), np.uint8)
+            frames[own] = part
+        assert frames is not None
+        return frames
+
+
+def end_to_end(splits: Sequence[Split]) -> Split:
+    """The trajectories of several splits as one split's."""
+    if len(splits) == 1:
+        return splits[0]
+    trajectories = Trajectories.concatenate([split.trajectories for split in splits])
+    return Split(trajectories, _InTurn(splits))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantwm.compute import available_memory
-from quantwm.data.latents import FrameIndex
+from quantwm.data.latents import EndToEnd, FrameIndex
 from quantwm.data.trajectories import Trajectories
 from quantwm.models.config import DINOWMConfig
 from quantwm.protocols import Task
@@ -51,7 +51,7 @@ class Windows:
         config: DINOWMConfig,
         task: Task,
         trajectories: Trajectories,
-        latents: npt.NDArray[np.float16],
+        latents: npt.NDArray[np.float16] | EndToEnd,
         length: int,
         device: torch.device | None = None,
     ) -> None:
@@ -99,12 +99,12 @@ class Windows:
                 step += 1
 
 
-def _fits(latents: npt.NDArray[np.float16], device: torch.device) -> bool:
+def _fits(latents: npt.NDArray[np.float16] | EndToEnd, device: torch.device) -> bool:
     """Whether a GPU can hold the latents and leave as much again to what is trained with them."""
     return device.type == "cuda" and latents.nbytes < available_memory(device) // 2
 
 
-def _held(latents: npt.NDArray[np.float16], device: torch.device) -> Tensor:
+def _held(latents: npt.NDArray[np.float16] | EndToEnd, device: torch.device) -> Tensor:
     held = torch.empty(latents.shape, dtype=torch.float16, device=device)
     for begin in range(0, len(latents), _UPLOAD):
         part = slice(begin, begin + _UPLOAD)

@@ -1,6 +1,6 @@
 """From a trajectory folder to a world model that plans: statistics, latents, training, export."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantwm.compute import resolve_device
-from quantwm.data.latents import encode_split
-from quantwm.data.sources import DataSet, open_data
+from quantwm.data.latents import EndToEnd, encode_split
+from quantwm.data.sources import SPLITS, DataSet, end_to_end, open_data
 from quantwm.data.statistics import Statistics
 from quantwm.errors import MismatchError, UsageError, unknown_name
 from quantwm.fingerprint import model_hash
@@ -128,7 +128,7 @@ def latents_key(data: DataSet, encoder: str, config: DINOWMConfig) -> dict[str, 
 
 def train_task(
     task: Task,
-    data: Path,
+    data: Path | Sequence[Path],
     out: Path,
     cache: Path,
     settings: TrainingSettings,
@@ -149,10 +149,12 @@ def train_task(
 
     Args:
         task: must be the one the data were collected in.
-        data: a folder that `quantwm collect` wrote, or DINO-WM's own data set.
+        data: a folder that `quantwm collect` wrote, or DINO-WM's own data set; or several, of
+            which the first one's statistics normalise all.
         out: receives `checkpoint.pt`, `curve.jsonl` and, at the end, the model in `model/`; a
             decoder's in `decoder/`.
-        cache: receives the latents; a few GB, best outside of any synchronised folder.
+        cache: receives the latents; a few GB, best outside of any synchronised folder. Those of a
+            second data set go to a folder `2` in it, and so on.
         scale: "compact" (None too) or "paper"; beside `init`, of the decoder alone.
         init: a float model to go on training from, on these data or others; the new one has its
             configuration and statistics.
@@ -174,38 +176,50 @@ def train_task(
     if init is not None and scale is not None and decoder is None:
         raise UsageError("the model to go on from has a size of its own: leave the scale out")
     scale = scale or "compact"
-    data_set = open_data(data, task)
+    folders = [data] if isinstance(data, Path) else list(data)
+    data_sets = [open_data(folder, task) for folder in folders]
     weights = open_encoder(encoder, download=download, progress=downloading)
     if init is None:
-        config = model_config(task, data_set.statistics, scale, weights.config, decoder)
+        config = model_config(task, data_sets[0].statistics, scale, weights.config, decoder)
     else:
         config = _config_of(init, task, weights.state, scale, decoder)
     world_model = new_world_model(config, weights.state)
     world_model = world_model.to(resolve_device(device))
     for parameter in world_model.encoder.parameters():
         parameter.requires_grad_(False)
-    key = latents_key(data_set, weights.sha256, world_model.config)
     lengths = {
         "train": window_length(world_model, settings.unroll),
         "validation": HORIZON + 1,
     }
-    windows = {}
-    for split, part in data_set.splits.items():
-        latents = encode_split(world_model, part, cache, split, key=key, progress=encoding)
+    named = ", ".join(map(str, folders))
+    windows, splits = {}, {}
+    for split in SPLITS:
+        splits[split] = end_to_end([data_set.splits[split] for data_set in data_sets])
+        parts = [
+            encode_split(
+                world_model,
+                data_set.splits[split],
+                cache / str(number) if number > 1 else cache,
+                split,
+                key=latents_key(data_set, weights.sha256, world_model.config),
+                progress=encoding,
+            )
+            for number, data_set in enumerate(data_sets, 1)
+        ]
         try:
             windows[split] = Windows(
                 world_model.config,
                 task,
-                part.trajectories,
-                latents,
+                splits[split].trajectories,
+                EndToEnd(parts) if len(parts) > 1 else parts[0],
                 lengths[split],
                 world_model.device,
             )
         except ValueError as error:
-            raise UsageError(f"{data} ({split}): {error}; collect longer trajectories") from error
+            raise UsageError(f"{named} ({split}): {error}; collect longer trajectories") from error
     if len(windows["train"]) < settings.batch_size:
         raise UsageError(
-            f"{data} has {len(windows['train'])} windows to train on, fewer than a batch of "
+            f"{named} has {len(windows['train'])} windows to train on, fewer than a batch of "
             f"{settings.batch_size}: collect more trajectories, or give a smaller --batch-size"
         )
     if init is None:
@@ -220,13 +234,11 @@ def train_task(
         settings,
         encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
         init=None if init is None else model_hash(init),
-        data=data_set.key,
+        data=_key_of(data_sets),
         report=report,
     )
     if decoder is not None:
-        pictured = {
-            name: (windows[name], Frames(trained, data_set.splits[name])) for name in windows
-        }
+        pictured = {name: (windows[name], Frames(trained, splits[name])) for name in windows}
         train_decoder(
             trained,
             *pictured["train"],
@@ -239,6 +251,13 @@ def train_task(
         parameter.requires_grad_(True)
     save_world_model(trained, out / MODEL_FOLDER, half=True)
     return trained
+
+
+def _key_of(data_sets: Sequence[DataSet]) -> Mapping[str, Any]:
+    """What a run that goes on must share of its data."""
+    if len(data_sets) == 1:
+        return data_sets[0].key
+    return {"several": [dict(data_set.key) for data_set in data_sets]}
 
 
 def _config_of(
