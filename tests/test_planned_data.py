@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from dino_wm_support import tiny_model
+from quantwm.cli import app
 from quantwm.data.collect import collect
 from quantwm.data.planned import PLANS, PlannedPolicy
-from quantwm.envs import Wall
+from quantwm.data.trajectories import TrajectoryFolder
+from quantwm.envs import PointMaze, Wall
 from quantwm.errors import MismatchError, UsageError
 from quantwm.loading import save
+from quantwm.planning.cem import CEM
 from quantwm.seeds import episode_seeds
 
 
@@ -49,8 +53,6 @@ def test_the_second_plan_begins_where_the_first_has_led(folder):
 
 def test_what_is_executed_is_cheap_to_the_model(folder, monkeypatch):
     """The trajectories are the elites, not any candidates."""
-    from quantwm.planning.cem import CEM
-
     asked = []
     update = CEM.update
 
@@ -82,10 +84,25 @@ def test_a_collection_of_plans_says_whose_they_are(folder, tmp_path):
 
 
 def test_a_model_of_another_task_or_steps_that_are_no_plan_are_refused(folder):
-    from quantwm.envs import PointMaze
-
     with pytest.raises(MismatchError, match="trained in task 'wall'"):
         PlannedPolicy(PointMaze(), folder)
     policy = PlannedPolicy(Wall(), folder)
     with pytest.raises(UsageError, match="a plan has 25 actions, not 50"):
         policy.scripted([1], 50)
+
+
+def test_the_command_collects_plans_and_refuses_what_cannot_plan(folder, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["collect", *map(str, arguments)])
+
+    counts = ("--train", 3, "--validation", 2)
+    done = run("wall", "--out", tmp_path / "data", "--planned-by", folder, *counts)
+    assert done.exit_code == 0, done.output
+    shown = TrajectoryFolder(tmp_path / "data").index()["origin"]
+    assert shown["policy"] == PlannedPolicy(Wall(), folder).policy
+    refused = run("point_maze", "--out", tmp_path / "no", "--planned-by", folder, *counts)
+    assert refused.exit_code == 1
+    assert "trained in task 'wall'" in refused.stderr
+    unknown = run("wall", "--out", tmp_path / "no", "--planned-by", "nothing", *counts)
+    assert unknown.exit_code == 2
+    assert not (tmp_path / "no").exists()
