@@ -71,6 +71,18 @@ def test_a_goal_of_a_trajectory_can_be_reached_within_25_actions():
         np.testing.assert_allclose(reached[0, -1], goal, atol=1e-9)
 
 
+def test_every_episode_is_on_the_table():
+    """Their trajectories push the block off it: at the start and the goal, or at the goal."""
+    task = PushT()
+    off = [episode_seeds("tuning", 0, 1, first=154)[0], episode_seeds("train", 0, 1, first=50)[0]]
+    for seed in off:
+        pair = np.stack(task._of_trajectory(seed, 0))[:, :4]
+        assert ((pair < -15) | (pair > 527)).any()
+    episodes = task.episodes(off)
+    task.start(episodes)  # refuses what is off the table
+    assert not np.array_equal(episodes.start[0], episodes.goal[0])
+
+
 def test_goals_ask_for_the_block_to_be_moved():
     episodes = PushT().episodes(episode_seeds("tuning", 0, 60))
     moved = np.linalg.norm((episodes.goal - episodes.start)[:, 2:4], axis=1)

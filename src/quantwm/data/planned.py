@@ -5,6 +5,7 @@ errs in its favour. Trained on what really comes of them, it errs less where it 
 aggregation: Ross et al. 2011, arXiv 1011.0686).
 """
 
+import json
 import multiprocessing
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,10 @@ class PlannedPolicy:
         self._planner = planner
         check_is_float(self._model)
         check_fits(self._model, task)
-        settings = self._planner.settings()
-        self.policy = f"planned-1 {model_hash(self._model)} {settings} {PLANS} {DRAWN}"
+        self.policy = (
+            f"planned-1 by {model_hash(self._model)[:16]}, {PLANS} plans an episode, {DRAWN} elites "
+            f"a step, {json.dumps(self._planner.settings())}"
+        )
         self.trajectory_steps = self._planner.horizon * self._model.action_spec.frameskip
 
     @property

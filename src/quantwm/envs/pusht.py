@@ -14,6 +14,7 @@ of it: one that is rebuilt from its own state drifts apart slowly, by pixels in 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -30,6 +31,7 @@ from quantwm.seeds import keyed_generator
 SUCCESS_DISTANCE = 20.0
 SUCCESS_ANGLE = np.pi / 9
 GOAL_STEPS = 25
+_LOW, _HIGH = -AGENT_RADIUS, WINDOW + AGENT_RADIUS
 GoalSource = Literal["dset", "random_state"]
 _GOAL_STREAM = 5
 
@@ -74,9 +76,16 @@ class PushT:
     def _start_and_goal(self, seed: int) -> tuple[FloatArray, FloatArray]:
         if self.goal_source == "random_state":
             return self.random_state(seed)
-        states, actions = self.scripted([seed], self.trajectory_steps)
+        pairs = (self._of_trajectory(seed, attempt) for attempt in count())
+        # One in some hundred is drawn again, because a block that is off the table is not seen.
+        return next(pair for pair in pairs if _on_table(np.stack(pair)).all())
+
+    def _of_trajectory(self, seed: int, attempt: int) -> tuple[FloatArray, FloatArray]:
+        """A start and a goal (7,) of the seed's trajectory, or after that of another one."""
+        states, actions = self.scripted([seed + (attempt << 32)], self.trajectory_steps)
         latest = self.trajectory_steps - GOAL_STEPS
-        first = int(keyed_generator(seed, _GOAL_STREAM).integers(0, latest, endpoint=True))
+        generator = keyed_generator(seed + (attempt << 32), _GOAL_STREAM)
+        first = int(generator.integers(0, latest, endpoint=True))
         # Executed again from the start's state alone, as the public code does, so that the goal
         # can be reached.
         world = PushTWorld(self.shape, states[0, first], settle=True)
@@ -112,13 +121,8 @@ class PushT:
         Raises:
             UsageError: a start or goal of another width, not finite, or off the table.
         """
-        low, high = -AGENT_RADIUS, WINDOW + AGENT_RADIUS
-
-        def on_table(states: FloatArray) -> BoolArray:
-            return within(states[:, :4], low, high)
-
-        places = f"{low:g} to {high:g} pixels"
-        check_episodes("PushT", episodes, STATE_DIM, on_table, places)
+        places = f"{_LOW:g} to {_HIGH:g} pixels"
+        check_episodes("PushT", episodes, STATE_DIM, _on_table, places)
         return PushTSimulation(self.shape, episodes.start)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
@@ -184,6 +188,11 @@ class PushTSimulation:
                 out[t] = self._worlds[episode].step(action)
             self._states[episode] = self._worlds[episode].state
         return visited
+
+
+def _on_table(states: FloatArray) -> BoolArray:
+    """Whether agent and block are on the table, (B, 7) → (B,)."""
+    return within(states[:, :4], _LOW, _HIGH)
 
 
 def _errors(states: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray]:
