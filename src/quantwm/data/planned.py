@@ -62,8 +62,8 @@ class PlannedPolicy:
         check_is_float(self._model)
         check_fits(self._model, task)
         self.policy = (
-            f"planned-1 by {model_hash(self._model)[:16]}, {PLANS} plans an episode, {DRAWN} elites "
-            f"a step, {json.dumps(self._planner.settings())}"
+            f"planned-1 by {model_hash(self._model)[:16]}, {PLANS} plans an episode, "
+            f"{DRAWN} elites a step, {json.dumps(self._planner.settings())}"
         )
         self.trajectory_steps = self._planner.horizon * self._model.action_spec.frameskip
 
