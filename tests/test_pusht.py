@@ -76,7 +76,7 @@ def test_every_episode_is_on_the_table():
     task = PushT()
     off = [episode_seeds("tuning", 0, 1, first=154)[0], episode_seeds("train", 0, 1, first=50)[0]]
     for seed in off:
-        pair = np.stack(task._of_trajectory(seed, 0))[:, :4]
+        pair = np.stack(task._of_trajectory(seed))[:, :4]
         assert ((pair < -15) | (pair > 527)).any()
     episodes = task.episodes(off)
     task.start(episodes)  # refuses what is off the table

@@ -36,7 +36,8 @@ def collect(
         typer.Option(help="A model, whose planner's candidates act instead of a script."),
     ] = None,
 ) -> None:
-    """Collect trajectories with the task's scripted policy. Run again to continue."""
+    """Collect trajectories of the task's scripted policy, or of a model's plans. Run again to
+    continue."""
     with exit_codes("Complete shards are kept: run the same command to go on."):
         from quantwm.data.collect import collect as collect_trajectories
         from quantwm.envs import get_task

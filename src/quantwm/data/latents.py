@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantwm.compute import cores, fast_products
 from quantwm.data.drawing import drawn
-from quantwm.data.sources import Split
+from quantwm.data.sources import Split, owners
 from quantwm.data.trajectories import Trajectories
 from quantwm.errors import MismatchError
 from quantwm.files import write_json
@@ -61,8 +61,7 @@ class EndToEnd:
 
     def __init__(self, parts: Sequence[npt.NDArray[np.float16]]) -> None:
         self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
+        self.shape: tuple[int, ...] = (sum(map(len, parts)), *parts[0].shape[1:])
         self.nbytes = sum(part.nbytes for part in parts)
 
     def __len__(self) -> int:
@@ -72,11 +71,9 @@ class EndToEnd:
         """The latents (..., P, D) of rows (...)."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
-        owner = np.searchsorted(self._ends, rows, side="right")
         chosen = np.empty((*rows.shape, *self.shape[1:]), np.float16)
-        for number, part in enumerate(self._parts):
-            own = owner == number
-            chosen[own] = part[rows[own] - (self._ends[number] - len(part))]
+        for number, own, local in owners([len(part) for part in self._parts], rows):
+            chosen[own] = self._parts[number][local]
         return chosen
 
 

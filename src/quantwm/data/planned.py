@@ -82,7 +82,8 @@ class PlannedPolicy:
 
     def sample_layout(self, seeds: list[int]) -> Layout:
         """The layouts (B,) of the episodes that the trajectories are of."""
-        return self._task.episodes([first for first, _ in map(self._place, seeds)]).layout
+        firsts, owner, _ = self._places(seeds)
+        return self._task.episodes(firsts).select(owner).layout
 
     def scripted(self, seeds: list[int], steps: int) -> tuple[FloatArray, FloatArray]:
         """States (B, steps + 1, S) and raw actions (B, steps, A), rounded to float32.
@@ -95,24 +96,26 @@ class PlannedPolicy:
         """
         if steps != self.trajectory_steps:
             raise UsageError(f"a plan has {self.trajectory_steps} actions, not {steps}")
-        places = [self._place(seed) for seed in seeds]
-        firsts = list(dict.fromkeys(first for first, _ in places))
-        made: dict[int, tuple[FloatArray, FloatArray]] = {}
+        firsts, owner, at = self._places(seeds)
         device = resolve_device("auto")
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # its siblings have the other cores
         model = placed(self._model, device, resolve_dtype("auto", device))
-        for begin in range(0, len(firsts), _TOGETHER):
-            part = firsts[begin : begin + _TOGETHER]
-            states, actions = self._considered(model, self._task.episodes(part))
-            made |= dict(zip(part, zip(states, actions, strict=True), strict=True))
-        chosen = [(made[first][0][at], made[first][1][at]) for first, at in places]
-        return np.stack([states for states, _ in chosen]), np.stack([a for _, a in chosen])
+        made = [
+            self._considered(model, self._task.episodes(firsts[begin : begin + _TOGETHER]))
+            for begin in range(0, len(firsts), _TOGETHER)
+        ]
+        states, actions = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        return states[owner, at], actions[owner, at]
 
-    def _place(self, seed: int) -> tuple[int, int]:
-        """The seed of a trajectory's episode, and its place among the episode's."""
-        at = seed % MAX_EPISODES % self.of_an_episode
-        return seed - at, at
+    def _places(
+        self, seeds: list[int]
+    ) -> tuple[list[int], npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+        """Seeds of the episodes, each trajectory's episode among them, its place among that's."""
+        numbers = np.asarray(seeds, np.int64)
+        at = numbers % MAX_EPISODES % self.of_an_episode
+        firsts, owner = np.unique(numbers - at, return_inverse=True)
+        return firsts.tolist(), owner, at
 
     def _considered(self, model: DINOWM, episodes: Episodes) -> tuple[FloatArray, FloatArray]:
         """States (E, n, T + 1, S) and actions (E, n, T, A) of every episode's n trajectories."""

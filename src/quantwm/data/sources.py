@@ -1,6 +1,6 @@
 """A data set to train on, whoever wrote it: trajectories, their frames, their statistics."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -98,20 +98,27 @@ class _InTurn:
 
     def __call__(self, trajectory: IntArray, steps: IntArray) -> npt.NDArray[np.uint8]:
         """Frames (n, H, W, 3) of trajectories (n,) at steps (n,)."""
-        ends = np.cumsum([len(split.trajectories) for split in self.splits])
-        owner = np.searchsorted(ends, trajectory, side="right")
-        frames: npt.NDArray[np.uint8] | None = None
-        for number, split in enumerate(self.splits):
-            own = owner == number
-            if not own.any():
-                continue
-            first = ends[number] - len(split.trajectories)
-            part = split.frames(trajectory[own] - first, steps[own])
-            if frames is None:
-                frames = np.empty((len(trajectory), *part.shape[1:]), np.uint8)
-            frames[own] = part
-        assert frames is not None
-        return frames
+        counts = [len(split.trajectories) for split in self.splits]
+        places, parts = [], []
+        for number, own, local in owners(counts, trajectory):
+            places.append(np.flatnonzero(own))
+            parts.append(self.splits[number].frames(local, steps[own]))
+        return np.concatenate(parts)[np.argsort(np.concatenate(places))]
+
+
+def owners(
+    counts: Sequence[int], rows: IntArray
+) -> Iterator[tuple[int, npt.NDArray[np.bool_], IntArray]]:
+    """Whose rows (...) are, of parts with so many rows each, end to end.
+
+    Yields:
+        each part that has some: its number, which of the rows are its own, and their places in it.
+    """
+    ends = np.cumsum(counts)
+    owner = np.searchsorted(ends, rows, side="right")
+    for number in np.unique(owner).tolist():
+        own = owner == number
+        yield number, own, rows[own] - (ends[number] - counts[number])
 
 
 def end_to_end(splits: Sequence[Split]) -> Split:

@@ -76,16 +76,15 @@ class PushT:
     def _start_and_goal(self, seed: int) -> tuple[FloatArray, FloatArray]:
         if self.goal_source == "random_state":
             return self.random_state(seed)
-        pairs = (self._of_trajectory(seed, attempt) for attempt in count())
-        # One in some hundred is drawn again, because a block that is off the table is not seen.
+        pairs = (self._of_trajectory(seed + (attempt << 32)) for attempt in count())
+        # Few are drawn again: a block that is off the table is in no picture.
         return next(pair for pair in pairs if _on_table(np.stack(pair)).all())
 
-    def _of_trajectory(self, seed: int, attempt: int) -> tuple[FloatArray, FloatArray]:
-        """A start and a goal (7,) of the seed's trajectory, or after that of another one."""
-        states, actions = self.scripted([seed + (attempt << 32)], self.trajectory_steps)
+    def _of_trajectory(self, seed: int) -> tuple[FloatArray, FloatArray]:
+        """A start and a goal (7,) of the seed's trajectory, wherever they are."""
+        states, actions = self.scripted([seed], self.trajectory_steps)
         latest = self.trajectory_steps - GOAL_STEPS
-        generator = keyed_generator(seed + (attempt << 32), _GOAL_STREAM)
-        first = int(generator.integers(0, latest, endpoint=True))
+        first = int(keyed_generator(seed, _GOAL_STREAM).integers(0, latest, endpoint=True))
         # Executed again from the start's state alone, as the public code does, so that the goal
         # can be reached.
         world = PushTWorld(self.shape, states[0, first], settle=True)
