@@ -1,6 +1,7 @@
 """The README's Python runs, and the package loads without pulling everything in."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import quantwm as qwm
+from quantwm.errors import MissingExtraError
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -48,6 +50,13 @@ def test_importing_the_package_or_asking_for_help_does_not_import_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=dict(os.environ))
+
+
+def test_a_missing_package_reaches_other_processes_as_such():
+    error = MissingExtraError("PushT", "pymunk", "tasks")
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is MissingExtraError
+    assert str(sent) == str(error) == "PushT needs pymunk: pip install 'quantwm[tasks]'"
 
 
 def test_loading_a_model_leaves_the_global_random_state_alone(tmp_path):

@@ -98,6 +98,7 @@ def test_every_command_has_help_with_an_example():
             "name its kind, --decoder vqvae",
         ),
         (["collect", "wall", "--out", "x", "--setting", "door_y"], "such as shape=L"),
+        (["collect", "wall", "--out", "x", "--setting", "name=pusht"], "argument 'name'"),
     ],
 )
 def test_bad_usage_exits_two_and_says_what_would_be_right(arguments, says, tmp_path, monkeypatch):

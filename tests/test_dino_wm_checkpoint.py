@@ -6,6 +6,7 @@ pictures they hold a sample of the values and the norms of all tokens and rows.
 
 import json
 import lzma
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -301,6 +302,10 @@ def test_another_tasks_widths_are_refused(tmp_path):
         qwm.load(tiny(tmp_path / "run", env__name="pusht"))
 
 
+HUGE = json.dumps({field.name: [10**400] for field in fields(Statistics)})
+"""An integer that no float holds."""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -310,7 +315,9 @@ def test_another_tasks_widths_are_refused(tmp_path):
         ('{"action_mean": 1, "action_std": [1], "proprio_mean": [1], "proprio_std": [1]}', "list"),
         ('{"action_mean":[NaN],"action_std":[1],"proprio_mean":[1],"proprio_std":[1]}', "finite"),
         ('{"action_mean":[1],"action_std":[0],"proprio_mean":[1],"proprio_std":[1]}', "positive"),
+        (HUGE, "finite"),
     ],
+    ids=range(7),
 )
 def test_a_statistics_file_that_is_none_is_refused(tmp_path, text, message):
     path = tmp_path / "stats.json"

@@ -129,6 +129,16 @@ def test_pusht_has_published_constants_scaled_actions_and_videos(tmp_path):
     np.testing.assert_allclose(shown[:, 4, 4, 0], [20, 25, 70], atol=2)
 
 
+def test_a_run_is_of_its_actions_and_its_latents_of_the_states_alone(tmp_path):
+    folder = write_pusht(tmp_path / "data")
+    before = open_data(folder, PushT())
+    path = folder / "train" / "rel_actions.pth"
+    torch.save(torch.load(path) + 1, path)
+    after = open_data(folder, PushT())
+    assert after.key == before.key
+    assert after.identity != before.identity
+
+
 def test_blocks_of_other_shapes_are_refused(tmp_path):
     folder = write_pusht(tmp_path / "data", shapes=["T", "L", "T", "T"])
     with pytest.raises(MismatchError, match="shape L, the task's is 'T'"):

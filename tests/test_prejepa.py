@@ -16,6 +16,7 @@ import quantwm as qwm
 from encoder_support import to_hugging_face
 from quantwm.errors import CorruptFileError, MismatchError, MissingStatisticsError, UsageError
 from quantwm.models.checkpoint import bundled_encoder_state
+from quantwm.models.dinov2 import DINOv2
 from reference_support import (
     assert_close,
     assert_sample_close,
@@ -97,6 +98,13 @@ def test_latents_and_rollouts_are_those_of_its_own_classes(modern, tmp_path):
     rolled = model.rollout(start, inputs["actions"])
     assert_sample_close(rolled["visual"][:, :, 1:], arrays, "rollout/visual")
     assert_close(rolled["proprio"][:, :, 1:], arrays["rollout/proprio"], "imagined proprioception")
+
+
+def test_positions_reach_a_grid_of_any_size():
+    """Some sides, 39 for instance, are rounded down where a grid is scaled by their ratio."""
+    encoder = DINOv2(1, 8, 2, position_offset=0.0)
+    for side in range(1, 80):
+        assert encoder.position_embedding(side, 3).shape == (1, 1 + 3 * side, 8)
 
 
 def test_it_plans_quantizes_and_survives_conversion(folder, tmp_path):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -237,17 +238,68 @@ def test_windows_pair_frames_with_the_actions_between_them(data, windows):
 
 
 def test_encoding_goes_on_where_it_stopped(data, tmp_path):
-    trajectories = data.load("train")
-    whole = encode_split(model(), split_of(trajectories), tmp_path / "a", "train", key={})
-    half = tmp_path / "b"
-    encode_split(model(), split_of(trajectories), half, "train", key={})
-    state = json.loads((half / "train.json").read_text())
+    split, drawn_steps = split_of(data.load("train")), []
+
+    def frames(trajectory, steps):
+        drawn_steps.append(len(steps))
+        return split.frames(trajectory, steps)
+
+    whole = np.array(encode_split(model(), split, tmp_path, "train", key={}))
+    state = json.loads((tmp_path / "train.json").read_text())
     assert state["done"] == len(whole)
-    (half / "train.json").write_text(json.dumps({**state, "done": 64}))
-    again = encode_split(model(), split_of(trajectories), half, "train", key={})
+    (tmp_path / "train.json").write_text(json.dumps({**state, "done": 64}))
+    np.memmap(tmp_path / "train.f16", np.float16, "r+", shape=whole.shape)[64:] = 0
+    again = encode_split(model(), replace(split, frames=frames), tmp_path, "train", key={})
     np.testing.assert_array_equal(whole, again)
+    assert sum(drawn_steps) == len(whole) - 64
     with pytest.raises(MismatchError, match="other data"):
-        encode_split(model(), split_of(trajectories), half, "train", key={"other": 1})
+        encode_split(model(), split, tmp_path, "train", key={"other": 1})
+
+
+def test_runs_that_share_a_cache_wait_for_each_other(data, tmp_path, caplog):
+    """The second one comes while the first one encodes, and draws no frame of its own."""
+    split, second, late = split_of(data.load("train")), [], []
+
+    def encode(frames):
+        return encode_split(model(), replace(split, frames=frames), tmp_path, "train", key={})
+
+    def late_frames(*where):
+        late.append(where)
+        return split.frames(*where)
+
+    def frames(*where):
+        if not second:
+            second.append(threads.submit(encode, late_frames))
+            deadline = time.monotonic() + 60
+            while "waiting for it" not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return split.frames(*where)
+
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(1) as threads:
+        first = encode(frames)
+        np.testing.assert_array_equal(second[0].result(), first)
+    assert "another run encodes" in caplog.text
+    assert not late
+    assert (np.abs(first).max((1, 2)) > 0).all()
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_told(data, tmp_path):
+    split = split_of(data.load("train"))
+    (tmp_path / "file").touch()
+    with pytest.raises(QuantWMError, match=r"cannot write .*file: "):
+        encode_split(model(), split, tmp_path / "file", "train", key={})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(QuantWMError, match=r"cannot write .*train.f16.*disk has room"):
+            encode_split(model(), split, tmp_path, "train", key={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    whole = encode_split(model(), split, tmp_path, "train", key={})
+    assert (np.abs(whole).max((1, 2)) > 0).all()
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"train.json cannot be read"):
+        encode_split(model(), split, tmp_path, "train", key={})
 
 
 @pytest.mark.parametrize("left", [None, 100])
@@ -377,7 +429,16 @@ def test_a_killed_run_ends_with_the_same_weights(windows, tmp_path, dropout):
         json.loads(line)["step"]
         for line in (tmp_path / "killed/curve.jsonl").read_text().splitlines()
     ]
-    assert steps[-1] == 12
+    assert steps == [6, 12]
+
+
+def test_a_model_that_the_last_step_breaks_is_not_kept(windows, tmp_path):
+    world_model = model()
+    initialize(world_model, windows["train"], seed=0)
+    broken = replace(SETTINGS, steps=1, warmup=0, learning_rate=1e30)
+    with pytest.raises(NonFiniteError, match="at step 1; lower the learning rate"):
+        train(world_model, windows["train"], windows["validation"], tmp_path, broken)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):

@@ -93,6 +93,18 @@ def test_bad_actions_are_refused(actions, message):
         Wall().step(episodes.start, episodes.layout, actions)
 
 
+def test_states_of_another_width_are_refused():
+    episodes = Wall().episodes(SEEDS[:1])
+    wide = np.zeros((1, 3))
+    for call in (
+        lambda: Wall().step(wide, episodes.layout, np.zeros((1, 2))),
+        lambda: Wall().rollout(wide, episodes.layout, np.zeros((1, 5, 2))),
+        lambda: Wall().observe(wide[:, None], episodes.layout),
+    ):
+        with pytest.raises(UsageError, match="Wall states have width 2, got 3"):
+            call()
+
+
 @pytest.mark.parametrize("place", [(700.0, -40.0), (32.0, 50.0)], ids=["off", "in the wall"])
 def test_starts_and_goals_off_the_board_or_in_the_wall_are_refused(place):
     episodes = Wall().episodes(SEEDS[:2])

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 
 class QuantWMError(Exception):
@@ -67,3 +68,9 @@ class MissingExtraError(QuantWMError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}: pip install 'quantwm[{extra}]'")
+        self._arguments = what, package, extra
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:
+        # An exception is made anew from its message alone, unless told otherwise: what a process
+        # that raises it cannot send, ends the process instead.
+        return type(self), self._arguments

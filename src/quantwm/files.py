@@ -35,6 +35,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell a file or folder that cannot be written from other errors.
+
+    Raises:
+        QuantWMError: `path` cannot be written (read-only, full disk, a file in a folder's place).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise QuantWMError(_unwritable(path, error)) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        QuantWMError: it cannot be made, or is a file.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys in the given order."""
     with atomic_path(path) as temporary:

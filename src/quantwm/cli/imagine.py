@@ -31,6 +31,7 @@ def imagine(
         )
         from quantwm.envs import get_task
         from quantwm.errors import MismatchError, UsageError
+        from quantwm.files import atomic_path
         from quantwm.loading import load
 
         if len(set(models)) < len(models):
@@ -51,6 +52,6 @@ def imagine(
         rows = {"true": true_frames(excerpts, frameskip)}
         for name, world_model in loaded.items():
             rows[Path(name).name] = imagined_frames(world_model, excerpts)
-        out_file.parent.mkdir(parents=True, exist_ok=True)
-        strip(rows).save(out_file, format="PNG")
+        with atomic_path(out_file) as temporary:
+            strip(rows).save(temporary, format="PNG")
         out.print(f"{out_file}: {episodes} trajectories, {steps} steps each", highlight=False)

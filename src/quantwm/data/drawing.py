@@ -4,6 +4,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeAlias
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.data.sources import Frames, IntArray
+from quantwm.errors import QuantWMError
 
 Where: TypeAlias = tuple[IntArray, IntArray]
 """Trajectories (n,) and their steps (n,)."""
@@ -29,6 +31,9 @@ def drawn(frames: Frames, calls: Sequence[Where], workers: int) -> Iterator[Pict
         frames: draws; with workers, it must be picklable.
         calls: which frames, a batch each.
         workers: processes that draw ahead; 0 draws here, when asked. The same frames either way.
+
+    Raises:
+        QuantWMError: a process died.
     """
     if workers == 0 or len(calls) < 2:
         yield from (frames(*call) for call in calls)
@@ -47,6 +52,11 @@ def drawn(frames: Frames, calls: Sequence[Where], workers: int) -> Iterator[Pict
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_draw, call) for call in islice(coming, 1))
+    except BrokenProcessPool as error:
+        raise QuantWMError(
+            "a process that draws frames died, perhaps for want of memory; run the same command "
+            "to go on"
+        ) from error
     finally:
         # Not `cancel_futures`, which does nothing once nobody holds the pool.
         for future in waiting:

@@ -6,22 +6,24 @@ a split and a JSON index. Encoding resumes where it stopped.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from quantwm.compute import cores, fast_products
 from quantwm.data.drawing import drawn
 from quantwm.data.sources import Split, owners
 from quantwm.data.trajectories import Trajectories
-from quantwm.errors import MismatchError
-from quantwm.files import write_json
+from quantwm.errors import CorruptFileError, MismatchError
+from quantwm.files import make_folder, write_json, writing
 from quantwm.models.dino_wm import DINOWM
 
 logger = logging.getLogger(__name__)
@@ -102,39 +104,86 @@ def encode_split(
 
     Raises:
         MismatchError: the folder caches latents of something else.
+        CorruptFileError: the cache's index is damaged.
+        QuantWMError: the folder cannot be written, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     index = FrameIndex.every(world_model.config.frameskip, data.trajectories)
     shape = (len(index.state_rows), world_model.config.num_patches, world_model.encoder.width)
-    state_path, array_path = folder / f"{split}.json", folder / f"{split}.f16"
-    state: dict[str, Any] = {"key": key, "shape": list(shape), "done": 0}
-    if state_path.is_file():
-        found = json.loads(state_path.read_text())
-        if found["key"] != key or found["shape"] != list(shape):
+    array_path = folder / f"{split}.f16"
+    with _alone(folder / f"{split}.lock"):
+        cached = _Progress(folder, split, {"key": key, "shape": list(shape)})
+        if workers is None:
+            workers = 0 if world_model.device.type == "cpu" else cores()
+        parts = [slice(at, at + _BATCH) for at in range(cached.done, shape[0], _BATCH)]
+        calls = [(index.trajectory[part], index.steps[part]) for part in parts]
+        # Written, not mapped: a full disk is an error of writing, but kills who maps the file.
+        with writing(array_path):
+            file = array_path.open("r+b" if cached.done else "wb")
+        with file:
+            file.seek(cached.done * cached.row_bytes)
+            for part, visual in zip(parts, drawn(data.frames, calls, workers), strict=True):
+                latents = _encode(world_model, visual).cpu().numpy()
+                with writing(array_path):
+                    file.write(latents.tobytes())
+                    file.flush()
+                done = part.start + len(visual)
+                if (part.start // _BATCH) % 50 == 49 or done == shape[0]:
+                    cached.save(done)
+                if progress is not None:
+                    progress(done, shape[0])
+    return np.memmap(array_path, np.float16, mode="r", shape=shape)
+
+
+class _Progress:
+    """How much of a split is cached; its index, `SPLIT.json`.
+
+    Args:
+        folder, split: of the cache.
+        identity: key and shape of the latents.
+    """
+
+    def __init__(self, folder: Path, split: str, identity: dict[str, Any]) -> None:
+        self._path, self._identity = folder / f"{split}.json", identity
+        self.row_bytes = int(np.prod(identity["shape"][1:])) * np.dtype(np.float16).itemsize
+        self.done = 0
+        if not self._path.is_file():
+            return
+        try:
+            found = json.loads(self._path.read_text())
+            known, done = {name: found[name] for name in identity}, int(found["done"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(f"{self._path} cannot be read: delete {folder}") from error
+        if known != identity:
             raise MismatchError(
                 f"{folder} caches latents of other data or another encoder; "
                 "delete it or choose another --cache"
             )
-        state = found
-    whole = int(np.prod(shape)) * np.dtype(np.float16).itemsize
-    if state["done"] and not (array_path.is_file() and array_path.stat().st_size == whole):
-        logger.warning("%s is missing or cut off; its frames are encoded anew", array_path)
-        state["done"] = 0
-    mode: Literal["r+", "w+"] = "r+" if state["done"] else "w+"
-    latents = np.memmap(array_path, np.float16, mode=mode, shape=shape)
-    if workers is None:
-        workers = 0 if world_model.device.type == "cpu" else cores()
-    parts = [slice(at, at + _BATCH) for at in range(int(state["done"]), shape[0], _BATCH)]
-    calls = [(index.trajectory[part], index.steps[part]) for part in parts]
-    for part, visual in zip(parts, drawn(data.frames, calls, workers), strict=True):
-        latents[part] = _encode(world_model, visual).cpu().numpy()
-        done = part.start + len(visual)
-        if (part.start // _BATCH) % 50 == 49 or done == shape[0]:
-            latents.flush()
-            write_json(state_path, {**state, "done": done})
-        if progress is not None:
-            progress(done, shape[0])
-    return np.memmap(array_path, np.float16, mode="r", shape=shape)
+        array = folder / f"{split}.f16"
+        if done and not (array.is_file() and array.stat().st_size >= done * self.row_bytes):
+            logger.warning("%s is missing or cut off; its frames are encoded anew", array)
+            done = 0
+        self.done = done
+
+    def save(self, done: int) -> None:
+        """Remember that so many frames are in the array."""
+        write_json(self._path, {**self._identity, "done": done})
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other runs that share the cache from writing what this one writes."""
+    with writing(path):
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another run encodes into %s: waiting for it", path.parent)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _encode(world_model: DINOWM, visual: npt.NDArray[np.uint8]) -> Tensor:

@@ -36,13 +36,15 @@ class DataSet:
     Attributes:
         splits: "train" and "validation".
         statistics: that actions and proprioception are normalised with.
-        key: JSON values that say which data these are.
+        key: JSON values that say which states these are, and so which frames.
+        identity: JSON values that say which data these are, actions and all.
         origin: how they came about.
     """
 
     splits: Mapping[str, Split]
     statistics: Statistics
     key: Mapping[str, Any]
+    identity: Mapping[str, Any]
     origin: Mapping[str, Any]
 
 
@@ -75,13 +77,15 @@ def open_data(folder: Path, task: Task) -> DataSet:
         splits = {name: Split(part, Rendered(task, part)) for name, part in loaded.items()}
         statistics = of_trajectories(task, loaded["train"])
         key = {"data": sha256_file(store.index_path)}
-        return DataSet(splits, statistics, key, index["origin"])
+        return DataSet(splits, statistics, key, key, index["origin"])
     if dino_wm_layout.task_of(folder) is not None:
         parts, statistics, key = dino_wm_layout.read(folder, task)
+        digests = [part.trajectories.digest() for part in parts.values()]
         return DataSet(
             {name: Split(part.trajectories, part.frames) for name, part in parts.items()},
             statistics,
             key,
+            {**key, "trajectories": digests},
             {"source": "a data set in DINO-WM's layout"},
         )
     raise UsageError(

@@ -74,7 +74,12 @@ class Statistics:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and math.isfinite(value)
+    if type(value) not in {int, float}:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def of_trajectories(task: Task, trajectories: Trajectories) -> Statistics:

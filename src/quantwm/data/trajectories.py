@@ -9,6 +9,7 @@ may differ in length, so a shard stores them end to end:
 Frames are not stored: a task renders them from states and layout, bit for bit the same each time.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,13 @@ class Trajectories:
     def action_offsets(self) -> npt.NDArray[np.int64]:
         """(n,) row of each trajectory's first action."""
         return np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
+
+    def digest(self) -> str:
+        """SHA-256 of states, actions and lengths; 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for values in (self.lengths, self.states, self.actions):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     @staticmethod
     def concatenate(parts: list["Trajectories"]) -> "Trajectories":

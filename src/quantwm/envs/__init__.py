@@ -12,7 +12,7 @@ from quantwm.protocols import Task
 TASKS: dict[str, Callable[..., Task]] = {"wall": Wall, "pusht": PushT, "point_maze": PointMaze}
 
 
-def get_task(name: str, **settings: Any) -> Task:
+def get_task(name: str, /, **settings: Any) -> Task:
     """Build a task by name.
 
     Raises:

@@ -49,8 +49,13 @@ def within(places: FloatArray, low: float, high: float) -> BoolArray:
     return np.asarray(((places >= low) & (places <= high)).all(axis=1))
 
 
-def _check(what: str, values: FloatArray, width: int) -> None:
+def check_width(what: str, values: FloatArray, width: int) -> None:
+    """Refuse values (..., W) of another width; NaN is let pass."""
     if values.shape[-1] != width:
         raise UsageError(f"{what} have width {width}, got {values.shape[-1]}")
+
+
+def _check(what: str, values: FloatArray, width: int) -> None:
+    check_width(what, values, width)
     if not np.isfinite(values).all():
         raise UsageError(f"{what} must be finite, got NaN or infinity")

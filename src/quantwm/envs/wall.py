@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from quantwm.checks import is_integer
-from quantwm.envs.arrays import check_actions, check_episodes, within
+from quantwm.envs.arrays import check_actions, check_episodes, check_width, within
 from quantwm.envs.wall_policy import POLICY, scripted
 from quantwm.errors import UsageError
 from quantwm.protocols import BoolArray, Episodes, FloatArray, Layout, Observation
@@ -132,7 +132,13 @@ class Wall:
         return WallSimulation(self, episodes.start.copy(), episodes.layout)
 
     def rollout(self, states: FloatArray, layout: Layout, actions: FloatArray) -> FloatArray:
-        """True dynamics: states (B, 2), raw actions (B, T, 2) → states (B, T, 2)."""
+        """True dynamics: states (B, 2), raw actions (B, T, 2) → states (B, T, 2).
+
+        Raises:
+            UsageError: states or actions of another width, or actions that are not finite.
+        """
+        check_width("Wall states", states, 2)
+        check_actions("Wall", actions, self.action_dim)
         visited = np.empty(actions.shape, np.float64)
         for t in range(actions.shape[1]):
             states = self.step(states, layout, actions[:, t])
@@ -143,8 +149,9 @@ class Wall:
         """One environment step, (B, 2) states and raw actions → (B, 2) states.
 
         Raises:
-            UsageError: actions of another width, or not finite.
+            UsageError: states or actions of another width, or actions that are not finite.
         """
+        check_width("Wall states", states, 2)
         check_actions("Wall", actions, self.action_dim)
         wall_x = np.asarray(layout["wall_x"], np.float64)
         door_y = np.asarray(layout["door_y"], np.float64)
@@ -178,7 +185,12 @@ class Wall:
         return image
 
     def observe(self, states: FloatArray, layout: Layout) -> Observation:
-        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 2) of states (B, T, 2)."""
+        """Frames (B, T, 224, 224, 3) uint8 and proprioception (B, T, 2) of states (B, T, 2).
+
+        Raises:
+            UsageError: states of another width.
+        """
+        check_width("Wall states", states, 2)
         batch, frames = states.shape[:2]
         repeated = {name: np.repeat(values, frames) for name, values in layout.items()}
         board = self.board(states.reshape(-1, 2), repeated)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantwm import storage
-from quantwm.errors import CorruptFileError, MismatchError, UsageError
+from quantwm.errors import CorruptFileError, MismatchError, NonFiniteError, UsageError
 from quantwm.models.config import DINOWMConfig, EncoderConfig
 from quantwm.models.dino_wm import DINOWM
 
@@ -90,6 +90,7 @@ def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = Fa
 
     Raises:
         UsageError: the folder holds something else.
+        NonFiniteError: with `half`, a value that float16 does not hold as a finite one.
         QuantWMError: it cannot be written.
     """
     state = dict(world_model.state_dict())
@@ -100,7 +101,7 @@ def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = Fa
         and same_tensors(encoder, bundled_encoder_state())
     )
     if half:
-        state = {k: v if k.startswith("encoder.") else v.half().float() for k, v in state.items()}
+        state = {k: v if k.startswith("encoder.") else _rounded(k, v) for k, v in state.items()}
     if bundled:
         state = {k: v for k, v in state.items() if not k.startswith("encoder.")}
     tensors, dtypes = storage.shrink(state)
@@ -112,6 +113,13 @@ def save_world_model(world_model: DINOWM, folder: str | Path, *, half: bool = Fa
         "dtypes": dtypes,
     }
     storage.write_folder(folder, tensors, metadata)
+
+
+def _rounded(name: str, tensor: Tensor) -> Tensor:
+    rounded = tensor.half().float()
+    if not rounded.isfinite().all():
+        raise NonFiniteError(f"{name} holds values that are not finite in float16")
+    return rounded
 
 
 def load_world_model(folder: str | Path) -> DINOWM:

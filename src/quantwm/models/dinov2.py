@@ -108,15 +108,12 @@ class DINOv2(nn.Module):
         if (rows, columns) == (side, side):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(
-            grid,
-            scale_factor=(
-                float(rows + self.position_offset) / math.sqrt(side**2),
-                float(columns + self.position_offset) / math.sqrt(side**2),
-            ),
-            mode="bicubic",
-            antialias=False,
-        )
+        if self.position_offset:
+            scales = [float(n + self.position_offset) / math.sqrt(side**2) for n in (rows, columns)]
+            grid = F.interpolate(grid, scale_factor=tuple(scales), mode="bicubic")
+        else:
+            # By size: of a factor alone, side * (rows / side) may round to one row too few.
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic")
         patches = grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)
         return torch.cat([self.pos_embed[:, :1].float(), patches], dim=1)
 

@@ -56,13 +56,7 @@ class Windows:
         device: torch.device | None = None,
     ) -> None:
         index = FrameIndex.every(config.frameskip, trajectories)
-        first = np.concatenate([[0], np.cumsum(index.frames)[:-1]])
-        starts = [
-            f + np.arange(max(0, n - length + 1)) for f, n in zip(first, index.frames, strict=True)
-        ]
-        self.starts = np.concatenate(starts)
-        if len(self.starts) == 0:
-            raise ValueError(f"no trajectory has {length} frames")
+        self.starts = window_starts(index, length)
         self.length = length
         self._device = device or torch.device("cpu")
         self._latents = _held(latents, self._device) if _fits(latents, self._device) else latents
@@ -97,6 +91,21 @@ class Windows:
             for position in range(step % per_epoch, per_epoch):
                 yield self.batch(np.sort(order[position * size : (position + 1) * size]))
                 step += 1
+
+
+def window_starts(index: FrameIndex, length: int) -> npt.NDArray[np.int64]:
+    """Each window's first frame (n,), for windows of `length` frames of one trajectory.
+
+    Raises:
+        ValueError: no trajectory has so many.
+    """
+    first = np.concatenate([[0], np.cumsum(index.frames)[:-1]])
+    starts = np.concatenate(
+        [f + np.arange(max(0, n - length + 1)) for f, n in zip(first, index.frames, strict=True)]
+    )
+    if len(starts) == 0:
+        raise ValueError(f"no trajectory has {length} frames")
+    return starts
 
 
 def _fits(latents: npt.NDArray[np.float16] | EndToEnd, device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from quantwm.compute import fast_products
 from quantwm.data.latents import FrameIndex
 from quantwm.data.sources import Split
 from quantwm.errors import UsageError
+from quantwm.files import make_folder
 from quantwm.fingerprint import model_hash
 from quantwm.models.decoder import new_decoder
 from quantwm.models.dino_wm import DINOWM
@@ -97,7 +98,7 @@ def train_decoder(
         NonFiniteError: the loss became NaN or infinite.
     """
     assert world_model.config.decoder is not None
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         decoder = new_decoder(world_model.config.encoder.width, world_model.config.decoder)

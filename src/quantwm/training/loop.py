@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from quantwm.errors import NonFiniteError
+from quantwm.files import atomic_path, writing
 from quantwm.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,15 @@ def optimize(
         report: progress.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite.
+        NonFiniteError: the loss or a figure became NaN or infinite.
+        QuantWMError: the folder cannot be written, or the disk is full.
     """
+    curve = folder / "curve.jsonl"
+    _forget_after(state.step, curve)
     while state.step < schedule.steps:
         value = loss()
         figures = {"loss": value.item()}
-        if not math.isfinite(figures["loss"]):
-            raise NonFiniteError(
-                f"the {name}'s loss is {figures['loss']} at step {state.step}; lower the "
-                "learning rate"
-            )
+        _check_finite(figures, name, state.step)
         state.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         state.apply_gradients(schedule.learning_rate(state.step), schedule.clip)
@@ -77,11 +77,41 @@ def optimize(
             state.swap()
             figures |= validate()
             state.swap()
-            with (folder / "curve.jsonl").open("a") as curve:
-                curve.write(json.dumps({"step": state.step, **figures}) + "\n")
+            # Here too: nobody asks for a loss after the last step.
+            _check_finite(figures, name, state.step)
+            with writing(curve), curve.open("a") as file:
+                file.write(json.dumps({"step": state.step, **figures}) + "\n")
             logger.info("%s, step %d: %s", name, state.step, figures)
         if last or state.step % schedule.checkpoint_every == 0:
             state.save(folder, identity)
         if report is not None:
             report(state.step, schedule.steps, figures)
     state.swap()
+
+
+def _check_finite(figures: dict[str, float], name: str, step: int) -> None:
+    for figure, value in figures.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {name}'s {figure} is {value} at step {step}; lower the learning rate"
+            )
+
+
+def _forget_after(step: int, curve: Path) -> None:
+    """Drop a curve's points after the checkpoint that a run goes on from: they come again."""
+    if not curve.is_file():
+        return
+    with writing(curve):
+        lines = curve.read_text().splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        with atomic_path(curve) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a curve's point; infinite where an interruption left half of one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantwm import storage
 from quantwm.compute import resolve_device
-from quantwm.data.latents import EndToEnd, encode_split
-from quantwm.data.sources import SPLITS, DataSet, end_to_end, open_data
+from quantwm.data.latents import EndToEnd, FrameIndex, encode_split
+from quantwm.data.sources import SPLITS, DataSet, Split, end_to_end, open_data
 from quantwm.data.statistics import Statistics
 from quantwm.errors import MismatchError, UsageError, unknown_name
 from quantwm.fingerprint import model_hash
@@ -25,7 +26,7 @@ from quantwm.models.dino_wm import DINOWM
 from quantwm.models.encoder_weights import Progress, open_encoder
 from quantwm.protocols import Task
 from quantwm.quant.apply import quantization_of
-from quantwm.training.batches import Windows
+from quantwm.training.batches import Windows, window_starts
 from quantwm.training.decoder import DecoderSettings, Frames, train_decoder
 from quantwm.training.initialization import copy_trainable, initialize
 from quantwm.training.loop import Report
@@ -71,7 +72,14 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What each scale changes of `DINOWMConfig`'s defaults, by task."""
-_SEEN_THROUGH = ("token_pool", "frame_size", "pixel_mean", "pixel_std", "position_offset")
+_SEEN_THROUGH = (
+    "frameskip",
+    "token_pool",
+    "frame_size",
+    "pixel_mean",
+    "pixel_std",
+    "position_offset",
+)
 """Options of `DINOWMConfig`, beside the image's size, that latents depend on."""
 DECODER_SIZES: dict[str, dict[str, Any]] = {
     "compact": {"channel": 128, "n_res_block": 2, "n_res_channel": 32},
@@ -191,36 +199,31 @@ def train_task(
         "train": window_length(world_model, settings.unroll),
         "validation": HORIZON + 1,
     }
+    # What can be refused is refused before hours of encoding and training.
+    storage.check_replaceable(out / MODEL_FOLDER)
+    splits = {name: end_to_end([each.splits[name] for each in data_sets]) for name in SPLITS}
     named = ", ".join(map(str, folders))
-    windows, splits = {}, {}
+    _check_windows(named, splits, config.frameskip, lengths, settings.batch_size)
+    windows = {}
     for split in SPLITS:
-        splits[split] = end_to_end([data_set.splits[split] for data_set in data_sets])
         parts = [
             encode_split(
                 world_model,
                 data_set.splits[split],
                 cache / str(number) if number > 1 else cache,
                 split,
-                key=latents_key(data_set, weights.sha256, world_model.config),
+                key=latents_key(data_set, weights.sha256, config),
                 progress=encoding,
             )
             for number, data_set in enumerate(data_sets, 1)
         ]
-        try:
-            windows[split] = Windows(
-                world_model.config,
-                task,
-                splits[split].trajectories,
-                EndToEnd(parts) if len(parts) > 1 else parts[0],
-                lengths[split],
-                world_model.device,
-            )
-        except ValueError as error:
-            raise UsageError(f"{named} ({split}): {error}; collect longer trajectories") from error
-    if len(windows["train"]) < settings.batch_size:
-        raise UsageError(
-            f"{named} has {len(windows['train'])} windows to train on, fewer than a batch of "
-            f"{settings.batch_size}: collect more trajectories, or give a smaller --batch-size"
+        windows[split] = Windows(
+            config,
+            task,
+            splits[split].trajectories,
+            EndToEnd(parts) if len(parts) > 1 else parts[0],
+            lengths[split],
+            world_model.device,
         )
     if init is None:
         initialize(world_model, windows["train"], settings.seed)
@@ -234,7 +237,7 @@ def train_task(
         settings,
         encoder=None if weights.sha256 == ENCODER_SHA256 else weights.sha256,
         init=None if init is None else model_hash(init),
-        data=_key_of(data_sets),
+        data=_identity_of(data_sets),
         report=report,
     )
     if decoder is not None:
@@ -253,11 +256,38 @@ def train_task(
     return trained
 
 
-def _key_of(data_sets: Sequence[DataSet]) -> Mapping[str, Any]:
+def _check_windows(
+    named: str,
+    splits: Mapping[str, Split],
+    frameskip: int,
+    lengths: Mapping[str, int],
+    batch_size: int,
+) -> None:
+    """Refuse splits of which no window, or no batch to train on, can be made.
+
+    Args:
+        named: the data, for the message.
+        lengths: frames in a window of each split.
+    """
+    counts = {}
+    for split, part in splits.items():
+        try:
+            frames = FrameIndex.every(frameskip, part.trajectories)
+            counts[split] = len(window_starts(frames, lengths[split]))
+        except ValueError as error:
+            raise UsageError(f"{named} ({split}): {error}; collect longer trajectories") from error
+    if counts["train"] < batch_size:
+        raise UsageError(
+            f"{named} has {counts['train']} windows to train on, fewer than a batch of "
+            f"{batch_size}: collect more trajectories, or give a smaller --batch-size"
+        )
+
+
+def _identity_of(data_sets: Sequence[DataSet]) -> Mapping[str, Any]:
     """What a run that goes on must share of its data."""
     if len(data_sets) == 1:
-        return data_sets[0].key
-    return {"several": [dict(data_set.key) for data_set in data_sets]}
+        return data_sets[0].identity
+    return {"several": [dict(data_set.identity) for data_set in data_sets]}
 
 
 def _config_of(

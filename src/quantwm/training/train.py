@@ -12,6 +12,7 @@ from torch import Tensor
 from quantwm.checks import is_integer, is_number
 from quantwm.compute import fast_products
 from quantwm.errors import UsageError
+from quantwm.files import make_folder
 from quantwm.models.dino_wm import DINOWM
 from quantwm.seeds import keyed_generator
 from quantwm.training.batches import Windows
@@ -113,7 +114,7 @@ def train(
         MismatchError: the folder holds a run of other settings, another model or other data.
         NonFiniteError: the loss became NaN or infinite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     model = world_model.config.to_dict()
     # A decoder is trained afterwards, and may be asked for once the rest is finished.
     model.pop("decoder", None)
