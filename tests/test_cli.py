@@ -84,6 +84,8 @@ def test_every_command_has_help_with_an_example():
             ["quantize", "wall", "--plan", "w4", "--option", "a=[1", "--out", "x"],
             "cannot be read as YAML",
         ),
+        (["study", "wall", "name=2024-13-45"], "cannot be read as YAML"),
+        (["study", "wall", "diagnostics.sensitivity=5"], "must list schemes, got 5"),
         (["quantize", "wall", "--plan", "w3", "--plan", "w4", "--out", "x"], "twice: w3 and w4"),
         (
             ["quantize", "wall", "--plan", "w4", "--samples", "7", "--out", "x"],

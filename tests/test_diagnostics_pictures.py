@@ -6,7 +6,13 @@ from PIL import Image
 
 import quantwm as qwm
 from dino_wm_support import tiny_model
-from quantwm.diagnostics.pictures import imagined_frames, strip, true_frames, validation_excerpts
+from quantwm.diagnostics.pictures import (
+    imagined_frames,
+    row_labels,
+    strip,
+    true_frames,
+    validation_excerpts,
+)
 from quantwm.envs import Wall
 from quantwm.errors import MissingStatisticsError, UsageError
 from quantwm.models.config import DecoderConfig
@@ -59,6 +65,18 @@ def test_a_strip_has_a_line_a_model_for_each_trajectory():
     assert [int((picture == value).all(-1).sum()) for value in (9, 7)] == [2 * 3 * 64] * 2
 
 
+def test_rows_are_told_apart_by_as_much_of_a_path_as_it_takes():
+    assert row_labels(["wall", "runs/small"]) == ["wall", "small"]
+    assert row_labels(["runs/a/model", "runs/b/model"]) == ["a/model", "b/model"]
+    assert row_labels(["runs/true", "wall"]) == ["runs/true", "wall"]
+    for models in (["a/model", "a/model"], ["true"]):
+        with pytest.raises(UsageError, match="named twice, or one is called 'true'"):
+            row_labels(models)
+    long = "a-run-with-a-long-name/model"
+    rows = dict.fromkeys([long, "b"], np.zeros((1, 1, 8, 8, 3), np.uint8))
+    assert strip(rows).size[0] > 72 + 12
+
+
 def test_the_command_draws_several_models_of_one_task(tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         qwm.save(drawing_model(seed), tmp_path / name)
@@ -66,7 +84,7 @@ def test_the_command_draws_several_models_of_one_task(tmp_path):
     command = ["imagine", "--out", tmp_path / "x.png", "--episodes", 2, "--steps", 2]
     assert run(*command, tmp_path / "one", tmp_path / "two").exit_code == 0
     with Image.open(tmp_path / "x.png") as picture:
-        assert picture.size[0] == 72 + 3 * 116
+        assert picture.size == (72 + 3 * 116, 2 * (3 * 116 + 4) - 8)
     refused = run(*command, tmp_path / "one", tmp_path / "faster")
     assert refused.exit_code == 1
     assert "another frameskip" in refused.output

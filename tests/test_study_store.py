@@ -76,6 +76,12 @@ def test_rows_survive_parquet(tmp_path):
     assert pq.read_schema(tmp_path / "e.parquet").remove_metadata() == SCHEMA
 
 
+def test_parquet_of_others_is_refused(tmp_path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "e.parquet")
+    with pytest.raises(CorruptFileError, match=r"e.parquet is no study's: its rows have no 'cell'"):
+        read_parquet(tmp_path / "e.parquet")
+
+
 def test_parquet_of_no_rows_keeps_the_schema(tmp_path):
     write_parquet(tmp_path / "e.parquet", [])
     assert read_parquet(tmp_path / "e.parquet") == []

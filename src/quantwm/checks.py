@@ -20,7 +20,7 @@ def parsed(value: str, text: str) -> Any:
     """
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second one for 2024-13-45, no date
         raise UsageError(f"{text!r}: the value {value!r} cannot be read as YAML") from error
 
 

@@ -24,18 +24,19 @@ def imagine(
     happens. Models need a decoder: `quantwm train TASK --decoder vqvae`."""
     with exit_codes("Nothing was written."):
         from quantwm.diagnostics.pictures import (
+            TRUE,
             imagined_frames,
+            row_labels,
             strip,
             true_frames,
             validation_excerpts,
         )
         from quantwm.envs import get_task
-        from quantwm.errors import MismatchError, UsageError
+        from quantwm.errors import MismatchError
         from quantwm.files import atomic_path
         from quantwm.loading import load
 
-        if len(set(models)) < len(models):
-            raise UsageError("the same model is named twice")
+        labels = row_labels(models)
         loaded = {name: load(name, device=device) for name in models}
         first = next(iter(loaded.values()))
         for name, world_model in loaded.items():
@@ -49,9 +50,9 @@ def imagine(
         excerpts = validation_excerpts(
             get_task(first.config.task), episodes=episodes, steps=steps * frameskip, seed=seed
         )
-        rows = {"true": true_frames(excerpts, frameskip)}
-        for name, world_model in loaded.items():
-            rows[Path(name).name] = imagined_frames(world_model, excerpts)
+        rows = {TRUE: true_frames(excerpts, frameskip)}
+        for label, world_model in zip(labels, loaded.values(), strict=True):
+            rows[label] = imagined_frames(world_model, excerpts)
         with atomic_path(out_file) as temporary:
             strip(rows).save(temporary, format="PNG")
         out.print(f"{out_file}: {episodes} trajectories, {steps} steps each", highlight=False)

@@ -1,12 +1,14 @@
 """What a world model imagines, drawn by its decoder beside what really happens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from quantwm.compute import device_of
 from quantwm.data.collect import Scripted
@@ -19,7 +21,10 @@ Frames = npt.NDArray[np.uint8]
 """(E, T, H, W, 3)."""
 
 SIDE = 112
+TRUE = "true"
+"""Label of what really happens."""
 _LABEL = 72
+"""Least width of the labels' column."""
 _GAP = 4
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
@@ -85,19 +90,35 @@ def imagined_frames(world_model: DINOWM, excerpts: Excerpts, side: int = SIDE) -
     return world_model.decode(rolled["visual"][:, 0], side).cpu().numpy()
 
 
+def row_labels(models: Sequence[str]) -> list[str]:
+    """What to call each model: the end of its path, with as many folders as tell all rows apart.
+
+    Raises:
+        UsageError: one is named twice, or has the name of the true frames' row.
+    """
+    paths = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, paths)) + 1):
+        ends = ["/".join(parts[-length:]) for parts in paths]
+        if len({*ends, TRUE}) == len(ends) + 1:
+            return ends
+    raise UsageError(f"the same model is named twice, or one is called {TRUE!r}")
+
+
 def strip(rows: Mapping[str, Frames]) -> Image.Image:
     """One picture: for each excerpt a line of frames from each of `rows`, its label before it."""
     episodes, steps, side = next(iter(rows.values())).shape[:3]
-    width = _LABEL + steps * (side + _GAP)
+    font = ImageFont.load_default()
+    column = max([_LABEL, *(ceil(font.getlength(label)) + 2 * _GAP for label in rows)])
+    width = column + steps * (side + _GAP)
     height = episodes * (len(rows) * (side + _GAP) + _GAP) - 2 * _GAP
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     top = 0
     for episode in range(episodes):
         for label, frames in rows.items():
-            draw.text((_GAP, top + side // 2), label[:12], fill=_INK)
+            draw.text((_GAP, top + side // 2), label, fill=_INK, font=font)
             for step, frame in enumerate(frames[episode]):
-                sheet.paste(Image.fromarray(frame), (_LABEL + step * (side + _GAP), top))
+                sheet.paste(Image.fromarray(frame), (column + step * (side + _GAP), top))
             top += side + _GAP
         top += _GAP
     return sheet

@@ -46,7 +46,7 @@ class Recorded:
     def _record(self, inputs: Sequence[Latent]) -> "_Recording | None":
         try:
             return _Recording(self._function, inputs)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ValueError) as error:
             logger.warning("rollouts cannot be recorded and are slower: %s", error)
             return None
 
@@ -60,21 +60,28 @@ class _Recording:
             for latent in inputs
         ]
         self._inputs = _tensors(own)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                function(*own)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output = function(*own)
+        with self._on_device():
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    function(*own)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            # A stream of its own: torch's default is one of the first device that it recorded on.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                self._output = function(*own)
 
     def replay(self, inputs: Sequence[Latent]) -> Tensor:
-        for own, given in zip(self._inputs, _tensors(inputs), strict=True):
-            own.copy_(given)
-        self._graph.replay()
-        return self._output.clone()
+        with self._on_device():
+            for own, given in zip(self._inputs, _tensors(inputs), strict=True):
+                own.copy_(given)
+            self._graph.replay()
+            return self._output.clone()
+
+    def _on_device(self) -> torch.cuda.device:
+        """Streams are the current device's, which need not be the one that the inputs are on."""
+        return torch.cuda.device(self._inputs[0].device)
 
 
 def _tensors(inputs: Sequence[Latent]) -> list[Tensor]:

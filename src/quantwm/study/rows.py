@@ -109,7 +109,7 @@ def read_parquet(path: Path) -> list[Row]:
     """Rows of an `episodes.parquet`, upgraded to the current schema.
 
     Raises:
-        CorruptFileError: the file is cut off or is no parquet file.
+        CorruptFileError: the file is cut off, no parquet file, or not a study's.
         MismatchError: a newer quantwm wrote it.
     """
     try:
@@ -118,7 +118,10 @@ def read_parquet(path: Path) -> list[Row]:
         raise CorruptFileError(
             f"cannot read {path}: {error}; run the study's command again to write it anew"
         ) from error
-    return [decode_row(row, cell=row["cell"], arm=row["arm"]) for row in stored]
+    try:
+        return [decode_row(row, cell=row["cell"], arm=row["arm"]) for row in stored]
+    except KeyError as error:
+        raise CorruptFileError(f"{path} is no study's: its rows have no {error}") from error
 
 
 def _upgrade(row: Row) -> Row:

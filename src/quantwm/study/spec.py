@@ -69,6 +69,8 @@ class DiagnosticsSettings:
         if not isinstance(self.fidelity, bool):
             raise UsageError(f"diagnostics.fidelity must be true or false, got {self.fidelity!r}")
         schemes = self.sensitivity
+        if not isinstance(schemes, str | list | tuple):
+            raise UsageError(f"diagnostics.sensitivity must list schemes, got {schemes!r}")
         listed = (schemes,) if isinstance(schemes, str) else tuple(schemes)
         object.__setattr__(self, "sensitivity", listed)
         for scheme in listed:
@@ -205,7 +207,7 @@ class StudySpec:
             values = yaml.safe_load(text)
         except OSError as error:
             raise UsageError(f"cannot read the study {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UsageError(f"{path} is no YAML: {error}") from error
         for key in _repeated(yaml.compose(text)):
             line = key.start_mark.line + 1
