@@ -146,7 +146,7 @@ def test_interventions_are_of_what_was_asked_for(folders, monkeypatch):
     assert "--episodes 81 would decide it" in shown
 
 
-def test_mistakes_say_what_would_be_right(folders):
+def test_mistakes_say_what_would_be_right(folders, tmp_path):
     model, small, other = folders["float"], folders["w3"], folders["other"]
     assert "give one of them" in refused(model, "--plan", "w3", "--sensitivity", "w3")
     assert "leave --against out" in refused(model, "--plan", "w3", "--against", model)
@@ -157,6 +157,12 @@ def test_mistakes_say_what_would_be_right(folders):
     assert "quantized already" in refused(small, "--plan", "w3")
     assert "did you mean 'encoder.*'?" in refused(model, "--plan", "encodr.*=w3")
     assert "did you mean 'gptq'?" in refused(model, "--plan", "w3", "--method", "gptx")
+    smooth = ("--method", "smoothquant", "--calibration", str(tmp_path / "data"))
+    refusal = refused(model, "--sensitivity", "w3", *smooth)
+    assert not (tmp_path / "data").exists()
+    for layer in ("encoder.blocks.0.attn.proj", "predictor.blocks.0.mlp.fc2"):
+        assert f"{layer} alone: smoothquant: it scales" in refusal
+    assert "qkv alone" not in refusal
     assert "did you mean 'wall'?" in refused(model, "--plan", "w3", "--task", "wal")
     for option, value in (("--plan", "w3"), ("--sensitivity", "w3"), ("--against", model)):
         refusal = refused(model, "--interventions", "w3", option, value)

@@ -17,6 +17,7 @@ from quantwm.diagnostics.verdict import verdict_by_intervention
 from quantwm.errors import UsageError
 from quantwm.study.prepare import prepare
 from quantwm.study.results import read_results
+from quantwm.study.worker import job_of
 from study_support import POINT_SETTINGS, PointModel, PointTask, Recorder
 
 SETTINGS = POINT_SETTINGS | {"mpc_iterations": 2}
@@ -96,11 +97,16 @@ def test_a_float_model_that_fails_is_judged_itself(tmp_path):
     # 28 of 40 solve it, as in the test above: below 0.75, not surely.
     near = judged(tmp_path / "near", Turned("predictor"), gate=0.75)
     assert near.verdict.verdict == "dynamics"
+    for folder, shown in ((tmp_path, found), (tmp_path / "near", near)):
+        written = read_results(folder)
+        assert verdict_by_intervention(written, shown.verdict.arm) == shown.verdict
+    assert written.gate == 0.75
+    assert not job_of(tmp_path / "near").gated, "who joins goes by no other gate"
 
 
 def test_it_says_what_the_rows_say_and_goes_on_where_it_was(tmp_path):
     found = judged(tmp_path, PointModel(), episodes=8)
-    results = replace(read_results(tmp_path), gate=SETTINGS["gate"])
+    results = read_results(tmp_path)
     assert found.verdict == verdict_by_intervention(results, "w2")
     assert found.alignment["w2"] == objective_alignment(results.rows["w2"])
     assert set(found.alignment) == {"float", "w2", "encoder:w2", "predictor:w2"}

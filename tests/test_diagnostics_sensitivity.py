@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from foreign import Field, PointWorld
+from quant_support import TinyWorldModel
 from quantwm.calibration import calibrate
 from quantwm.diagnostics.sensitivity import diagnose_sensitivity
 from quantwm.errors import MismatchError, PlanError, UsageError
@@ -180,6 +181,8 @@ def test_mistakes_are_refused_before_anything_is_computed():
     refused(PlanError, "static activations need calibration data", scheme="w8a8")
     refused(PlanError, "'gptq' needs calibration data", method="gptq")
     refused(PlanError, "group size 128", scheme="w3g128")
+    both = r"encoder\.block\.fc2 alone: smoothquant(.|\n)*predictor\.fc2 alone: smoothquant"
+    refused(PlanError, both, method="smoothquant", model=TinyWorldModel())
     refused(UsageError, "quantizes nothing", scheme="float")
     refused(UsageError, "candidates must be at least 2", candidates=1)
     refused(UsageError, "quantized already", model=quantize(PointModel(), "w4"))

@@ -146,6 +146,15 @@ def test_each_block_is_an_arm_of_its_own():
     assert [arm.name for arm in prepared.spec.arms] == list(prepared.cells)
 
 
+def test_each_block_beside_an_arm_of_one_block():
+    def arms(*others):
+        return list(prepare(**study(point_spec(arms=["float", *others]))).cells)
+
+    assert arms("each_block:w3", "predictor:w3") == ["float", "encoder:w3", "predictor:w3"]
+    with pytest.raises(UsageError, match="2 arms are called 'predictor:w3'; name one otherwise"):
+        arms("predictor:w3=predictor:w2", "each_block:w3")
+
+
 def test_each_block_beside_what_the_other_layers_are():
     arm = {"name": "x", "plan": {"each_block.*": "w3", "predictor.*": "w8"}}
     prepared = prepare(**study(point_spec(arms=["float", arm])))

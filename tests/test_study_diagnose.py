@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quantwm.errors import UsageError
+from quantwm.errors import PlanError, UsageError
 from quantwm.study import plan_study, run_study
 from quantwm.study.diagnose import diagnoses_of
 from quantwm.study.estimate import SECONDS_PER_FRAME, diagnosis_seconds
@@ -100,6 +100,16 @@ def test_a_layer_whose_costs_are_not_finite_fails_alone_and_once(tmp_path):
     recorder = Recorder()
     run_study(spec, tmp_path, progress=recorder, **arguments)
     assert recorder.calls == []
+
+
+@pytest.mark.parametrize("begin", [run_study, plan_study])
+def test_schemes_that_no_layer_can_have_are_refused_before_any_cell(tmp_path, begin):
+    spec = point_spec(diagnostics={"sensitivity": ["float", "w2", "w3g128"]})
+    with pytest.raises(PlanError) as caught:
+        begin(**study(spec), out=tmp_path / "out")
+    assert "'float' quantizes nothing" in str(caught.value)
+    assert "group size 128 is larger" in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings():

@@ -158,7 +158,8 @@ def test_jobs_of_a_cluster_give_the_rows_of_one_worker(tmp_path, reference, monk
 def test_jobs_of_a_cluster_heed_the_gate(tmp_path, monkeypatch):
     """Those of the reference arms are all that is submitted, once, and the oracles are heard."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    spec = point_spec(arms=["oracle-state", "oracle-latent", "float", "w8", "w4"], gate=0.9)
+    arms = ["oracle-state", "oracle-latent", "float", "w8", "oracle-latent:w4"]
+    spec = point_spec(arms=arms, gate=0.9)
     arguments = {"world_model": PointModel(speed=-1.0), "task": PointTask()}
     executor = Slurm(timeout=5, cluster="local")
     with pytest.raises(GateError, match="oracle-state reaches"):
@@ -449,12 +450,15 @@ def test_each_worker_gets_a_gpu_unless_the_study_names_one(monkeypatch):
     assert devices == [["cpu"] * 3, ["cuda:0", "cuda:1", "cuda:0"], ["cuda:1"] * 3]
 
 
-def test_a_worker_heeds_the_gate(tmp_path):
-    spec = point_spec(arms=["float", "w8"], gate=1.0, task="point")
+@pytest.mark.parametrize("arm", ["w8", "oracle-latent:w8"])
+def test_a_worker_heeds_the_gate_unless_told_not_to(tmp_path, arm):
+    spec = point_spec(arms=["float", arm], gate=1.0, task="point")
     job = Job(spec, tmp_path, world_model=PointModel(speed=-1.0), task=PointTask())
     with pytest.raises(GateError, match="below the gate"):
         work(job)
     assert len(list((tmp_path / "cells").iterdir())) == 1
+    work(replace(job, gated=False))
+    assert len(list((tmp_path / "cells").iterdir())) == 2
 
 
 def test_a_float_arm_that_cannot_be_computed_stops_the_study(tmp_path):

@@ -239,10 +239,11 @@ class _Job:
     ) -> None:
         """Each layer alone, against the model."""
         from quantwm.cli.plans import plan_of
-        from quantwm.diagnostics.sensitivity import diagnose_sensitivity
+        from quantwm.diagnostics.sensitivity import diagnose_sensitivity, single_layer_plans
 
         self._check()
         plan = plan_of([scheme], method, options)
+        single_layer_plans(self.model, scheme, method, options)  # before anything is calibrated
         with bars() as progress:
             found = diagnose_sensitivity(
                 self.model,

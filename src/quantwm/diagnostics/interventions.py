@@ -109,13 +109,12 @@ def diagnose_interventions(spec: StudySpec, out: str | Path, **run: Any) -> Inte
     Raises:
         UsageError, MismatchError, CellsFailedError, QuantWMError: as `run_study`.
     """
-    ungated = replace(spec, gate=0.0)  # `run_study`'s own gate would go by the rate alone
     unquantized = tuple(arm for arm in spec.arms if arm.plan is None)
-    steps = [replace(ungated, arms=unquantized), ungated]
+    steps = [replace(spec, arms=unquantized), spec]
     run = run | {"on_arm": _once(run.get("on_arm"))}
     for step in steps[_steps_done(out) :]:
-        run_study(step, out, **run)
-        results = replace(read_results(out), gate=spec.gate)
+        run_study(step, out, gated=False, **run)  # its gate would go by the rate alone
+        results = read_results(out)
         judged = verdict_by_intervention(results, _judged(step))
         if any(one.text == "float" and one.verdict == "contradicted" for one in judged.evidence):
             break

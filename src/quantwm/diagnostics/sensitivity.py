@@ -129,7 +129,8 @@ def diagnose_sensitivity(
     Raises:
         UsageError: an unknown scheme or method, a model that is quantized already, a planner that
             has no population, or a number out of range.
-        PlanError: a layer that the scheme cannot apply to, or calibration data that are lacking.
+        PlanError: layers that scheme or method cannot apply to, each alone, or calibration data
+            that are lacking.
         MismatchError: model and task, or model and calibration, do not belong together.
         NonFiniteError: costs are NaN or infinite.
     """
@@ -153,6 +154,34 @@ def diagnose_sensitivity(
     return Sensitivity(str(scheme), get_method(method, options).name, tuple(found))
 
 
+def single_layer_plans(
+    world_model: WorldModel,
+    scheme: str,
+    method: str = "rtn",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, QuantPlan]:
+    """A plan for each layer alone, checked as far as can be before calibration.
+
+    Raises:
+        UsageError: an unknown scheme or method, a scheme that quantizes nothing, or a model that is
+            quantized already.
+        PlanError: lists the layers that the scheme or method cannot apply to.
+    """
+    everything = QuantPlan({"*": scheme}, method, options=options)
+    schemes = resolve_plan(everything, world_model)
+    if not schemes:
+        raise UsageError(f"{scheme!r} quantizes nothing: give a scheme such as 'w3'")
+    recipe, groups = get_method(method, options), tuple(world_model.quantizable_groups())
+    problems = [
+        f"{name} alone: {problem}"
+        for name, own in schemes.items()
+        for problem in recipe.problems(world_model, {name: own}, groups)
+    ]
+    if problems:
+        raise everything.error(problems)
+    return {name: QuantPlan({name: scheme}, method, options=options) for name in schemes}
+
+
 def _plans(
     world_model: WorldModel,
     scheme: str,
@@ -161,10 +190,9 @@ def _plans(
     calibration: CalibrationData | None,
 ) -> dict[str, QuantPlan]:
     """A plan for each layer, checked as far as can be without computing."""
+    plans = single_layer_plans(world_model, scheme, method, options)
     everything = QuantPlan({"*": scheme}, method, options=options)
-    schemes = resolve_plan(everything, world_model)
-    if not schemes:
-        raise UsageError(f"{scheme!r} quantizes nothing: give a scheme such as 'w3'")
+    schemes = everything.resolve(world_model)
     problems = calibration_problems(schemes, get_method(method, options), calibration)
     if problems:
         raise everything.error(problems)
@@ -172,7 +200,7 @@ def _plans(
         raise MismatchError(
             "the calibration data were gathered with another model: calibrate this one"
         )
-    return {name: QuantPlan({name: scheme}, method, options=options) for name in schemes}
+    return plans
 
 
 @dataclass(frozen=True)

@@ -214,15 +214,7 @@ def parse_arms(values: Any) -> tuple[Arm, ...]:
                 arms.append(Arm.from_value(form))
             except UsageError as error:
                 problems.append(error)
-    names = [arm.name for arm in arms]
-    problems += [
-        UsageError(
-            f"{names.count(name)} arms are called {name!r}; "
-            f"name one otherwise, as in 'again={name}'"
-        )
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
+    problems += _repeated_names(arms)
     if problems:
         raise _together(problems)
     return tuple(arms)
@@ -265,7 +257,13 @@ def reference_arm(arms: Sequence[Arm], arm: Arm) -> Arm | None:
 
 
 def with_blocks(arms: Sequence[Arm], world_model: WorldModel) -> tuple[Arm, ...]:
-    """The arms, with each "each_block:..." replaced by one arm a block of the model."""
+    """The arms, with each "each_block:..." replaced by one arm a block of the model.
+
+    Where a block has this very arm already, it gets no other.
+
+    Raises:
+        UsageError: lists names that two different arms have then.
+    """
     groups = [group for group in world_model.quantizable_groups() if group.kind == "linear"]
     blocks = list(dict.fromkeys(group.block for group in groups))
     replaced: list[Arm] = []
@@ -283,7 +281,11 @@ def with_blocks(arms: Sequence[Arm], world_model: WorldModel) -> tuple[Arm, ...]
                 if EACH_BLOCK in arm.name
                 else f"{arm.name} {block}"
             )
-            replaced.append(replace(arm, name=name, plan=plan))
+            one = replace(arm, name=name, plan=plan)
+            if one not in arms and one not in replaced:
+                replaced.append(one)
+    if problems := _repeated_names(replaced):
+        raise _together(problems)
     return tuple(replaced)
 
 
@@ -338,6 +340,18 @@ def _parse_plan(arm: str, what: str) -> QuantPlan:
     if at:
         get_method(method)
     return QuantPlan({f"{side}.*" if colon else "*": scheme}, method if at else "rtn")
+
+
+def _repeated_names(arms: Sequence[Arm]) -> list[UsageError]:
+    names = [arm.name for arm in arms]
+    return [
+        UsageError(
+            f"{names.count(name)} arms are called {name!r}; "
+            f"name one otherwise, as in 'again={name}'"
+        )
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
 
 
 def _together(problems: Sequence[UsageError]) -> UsageError:

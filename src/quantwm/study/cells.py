@@ -61,6 +61,11 @@ class Cell:
         """16 hex digits of the SHA-256 of the cell's canonical JSON."""
         return short_hash(self.to_dict())
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its model is, an oracle's too, so that the float gate is asked first."""
+        return self.kind == "quantized" or bool(self.plan)
+
     def to_dict(self) -> dict[str, Any]:
         """The cell as JSON values."""
         return plain(asdict(self))

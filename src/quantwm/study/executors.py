@@ -203,8 +203,7 @@ class Slurm:
             done, total = watch()
             return [job] * min(self.most_jobs, total - done)
 
-        cells = prepared.cells  # a plan: also an oracle with a quantized encoder
-        quantized = [n for n in prepared.order if cells[n].plan or cells[n].kind == "quantized"]
+        quantized = [name for name in prepared.order if prepared.cells[name].quantized]
         references = [name for name in prepared.order if name not in quantized]
         try:
             if job.stage == "diagnoses":

@@ -11,6 +11,8 @@ from quantwm.study.store import FinishedCell, ResultsFolder
 def gate_of(prepared: Prepared, folder: ResultsFolder) -> bool:
     """Whether quantized arms may run: the float arm is finished and no failure, or there is none.
 
+    In a run that is not gated a float arm below the gate is no failure.
+
     Raises:
         GateError: the float arm fails, or could not be computed.
     """
@@ -24,11 +26,13 @@ def gate_of(prepared: Prepared, folder: ResultsFolder) -> bool:
     reference = folder.load_cell(cells[name].id)
     if reference is None:
         return False
+    if not prepared.gated:
+        return True
     oracles: dict[str, list[bool]] = {
         cell.kind: _successes(found)
         for cell in cells.values()
         if cell.kind in ORACLES
-        and not cell.plan
+        and not cell.quantized
         and (found := folder.load_cell(cell.id)) is not None
     }
     try:

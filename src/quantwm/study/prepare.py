@@ -14,8 +14,9 @@ from quantwm.compute import (
     resolve_device,
     resolve_dtype,
 )
+from quantwm.diagnostics.sensitivity import single_layer_plans
 from quantwm.envs import get_task
-from quantwm.errors import MismatchError, UsageError
+from quantwm.errors import MismatchError, PlanError, UsageError
 from quantwm.evaluation import ORACLES, check_fits
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
@@ -48,6 +49,7 @@ class Prepared:
         planners: arm's name → its planner, which is the study's unless the arm says otherwise.
         cells: arm's name → its cell, in the study's order.
         calibration: id of the calibration that the study's calibrated arms share.
+        gated: whether a float arm below the study's gate stops the run.
     """
 
     spec: StudySpec
@@ -59,6 +61,7 @@ class Prepared:
     planners: Mapping[str, Planner]
     cells: Mapping[str, Cell]
     calibration: str
+    gated: bool = True
 
     def arm(self, name: str) -> Arm:
         """The arm of a name."""
@@ -101,7 +104,8 @@ def prepare(
         elsewhere: other machines compute; this one may lack the device.
 
     Raises:
-        UsageError: something in the study is wrong; a `PlanError` lists the arms' problems.
+        UsageError: something in the study is wrong; a `PlanError` lists the problems of the arms,
+            or those of the diagnoses.
         MismatchError: model and task, or study and task, do not belong together.
         MissingStatisticsError: the model cannot plan.
     """
@@ -115,6 +119,7 @@ def prepare(
     planners = {arm.name: arm_planner(arm, planner) for arm in spec.arms}
     check_planners(spec.arms, planners)
     resolved = resolve_arms(spec.arms, world_model)
+    check_sensitivity(spec.diagnostics.sensitivity, world_model)
     spec = replace(
         spec,
         task=plain(task.settings() | {"name": task.name}),
@@ -151,6 +156,22 @@ def check_usable(world_model: WorldModel, task: Task) -> None:
     """
     check_is_float(world_model)
     check_fits(world_model, task)
+
+
+def check_sensitivity(schemes: Iterable[str], world_model: WorldModel) -> None:
+    """Refuse schemes that a study's diagnoses cannot give to each layer alone.
+
+    Raises:
+        PlanError: lists the problems of all of them.
+    """
+    problems = []
+    for scheme in schemes:
+        try:
+            single_layer_plans(world_model, scheme)
+        except UsageError as error:
+            problems.append(f"diagnostics.sensitivity {scheme!r}: {error}")
+    if problems:
+        raise PlanError("\n".join(problems))
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:

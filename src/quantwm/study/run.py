@@ -56,6 +56,7 @@ def run_study(
     task: Task | None = None,
     planner: Planner | None = None,
     executor: Executor | None = None,
+    gated: bool = True,
     progress: StudyProgress | None = None,
     on_arm: OnArm | None = None,
 ) -> StudyResult:
@@ -70,6 +71,8 @@ def run_study(
         world_model, task, planner: used in place of the ones that the study names, to study
             one's own.
         executor: where cells are computed; default: one worker, in this process.
+        gated: whether a float arm below the study's gate stops the run. The study's results are
+            read against its gate either way.
         progress: shows how far it is.
         on_arm: called with an arm's summary row as soon as it is known.
 
@@ -86,6 +89,7 @@ def run_study(
     prepared = prepare(
         spec, world_model=world_model, task=task, planner=planner, elsewhere=executor.elsewhere
     )
+    prepared = replace(prepared, gated=gated)
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
     if not executor.elsewhere:
@@ -94,7 +98,14 @@ def run_study(
     run = _Run(prepared, folder, on_arm or (lambda _: None), here=not executor.elsewhere)
     run.write_config()
     run.forget_failures()
-    job = Job(prepared.spec, folder.path, world_model=world_model, task=task, planner=planner)
+    job = Job(
+        prepared.spec,
+        folder.path,
+        world_model=world_model,
+        task=task,
+        planner=planner,
+        gated=gated,
+    )
     try:
         run.look()
         if run.left():
@@ -226,6 +237,7 @@ class _Run:
             "model_hash": self._prepared.model_hash,
             "numerics": NUMERICS_VERSION,
             "version": this_version(),
+            "gated": self._prepared.gated,
             "cells": {name: cell.id for name, cell in self._prepared.cells.items()},
             "diagnoses": {
                 file.name: file.id

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -44,6 +44,7 @@ class Job:
         stage: "cells", "diagnoses", or "all": diagnoses once every cell is finished.
         arms: whose cells to compute; None for all.
         world_model, task, planner: in place of those that the study names.
+        gated: as in `run_study`.
         version: of the quantwm that wrote the job.
         heartbeat, stale, poll: seconds, as in `claims` and `POLL`.
     """
@@ -55,6 +56,7 @@ class Job:
     world_model: WorldModel | None = None
     task: Task | None = None
     planner: Planner | None = None
+    gated: bool = True
     version: dict[str, Any] = field(default_factory=this_version)
     heartbeat: float = HEARTBEAT
     stale: float = STALE
@@ -62,9 +64,10 @@ class Job:
 
     def prepared(self) -> Prepared:
         """The study, ready to run."""
-        return prepare(
+        prepared = prepare(
             self.spec, world_model=self.world_model, task=self.task, planner=self.planner
         )
+        return replace(prepared, gated=self.gated)
 
 
 def job_of(folder: str | Path) -> Job:
@@ -82,7 +85,8 @@ def job_of(folder: str | Path) -> Job:
             "'quantwm study'"
         )
     version = record.get("version") or {}
-    return Job(StudySpec.from_dict(config), path, "all", version=dict(version))
+    gated = bool(record.get("gated", True))
+    return Job(StudySpec.from_dict(config), path, "all", gated=gated, version=dict(version))
 
 
 def work(
@@ -188,7 +192,7 @@ def _first_possible(
             return name
         if folder.load_failure(cell.id) is not None:
             return name
-        if cell.kind == "quantized":
+        if cell.quantized:
             if gate_open is None:
                 gate_open = gate_of(prepared, folder)
             if not gate_open:
