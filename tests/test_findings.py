@@ -118,7 +118,15 @@ def test_too_few_episodes_decide_nothing(number, arms, verdict):
     found = finding(number, few, n=10)
     least = next(rule.least_episodes for rule in RULES if rule.number == number)
     assert found.verdict == "undecided"
-    assert found.episodes_needed >= least > 10
+    assert found.episodes_needed is None or found.episodes_needed >= least > 10
+
+
+def test_the_least_number_of_episodes_is_needed_where_the_clauses_decide():
+    assert finding(1, {"float": 10, "w8": 10, "w8a8": 0}, n=10).episodes_needed == 36
+    # Two lost of 20, none won: neither clause can tell after how many more it would be decided.
+    for n in (20, 40):
+        arms = {"float": n, "w8": n * 9 // 10, "w8a8": n * 9 // 10}
+        assert finding(1, arms, n=n).episodes_needed is None
 
 
 @pytest.mark.parametrize(("number", "arms", "verdict"), SCENES)
@@ -139,6 +147,9 @@ def test_arms_are_found_by_what_they_are():
     assert finding(5, renamed).verdict == "supported"
     smaller = {"float": 95, "w3": 20, "w3/steps=3": 25, "w3/mpc_iterations=2": 30}
     assert finding(5, smaller).missing == ("w3/steps=20", "w3/mpc_iterations=24")
+    # Other grids are other arms.
+    other = {"float": 95, "w8-w_tensor": 95, "w8-w_asymmetric": 20, "w8a8-a_symmetric": 95}
+    assert finding(1, other).missing == ("w8", "w8a8")
 
 
 def test_eight_bits_evidence_in_numbers():

@@ -175,6 +175,11 @@ def test_a_side_stands_beside_the_other_and_both():
         "W2, rtn": [("encoder only", "encoder:w2")],
     }
     assert [group_of(arm) for arm in arms][:3] == ["", "sides", "sides"]
+    names = ["float", "w3-w_study", "w3", "encoder:w3", "encoder:w3-w_study"]
+    (panel,) = panels_of("sides", one_task(dict.fromkeys(names, ("10", 1))).arms)
+    assert {arm.name for _, arm in panel.members} == set(names[1:])
+    (panel,) = panels_of("sides", one_task(dict.fromkeys(names[:4], ("10", 1))).arms)
+    assert {arm.name for _, arm in panel.members} == {"w3", "encoder:w3"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from quantwm.errors import PlanError, UsageError
 from quantwm.study import load_preset, presets, run_study
 from quantwm.study.arms import Arm, parse_arms, reference_arm
+from quantwm.study.evidence import short_form
 from quantwm.study.findings import arms_read
 from quantwm.study.labels import labels_of
 from quantwm.study.prepare import prepare
@@ -72,6 +73,37 @@ def test_labels():
     assert labels_of(Arm.parse("float")).width == "float"
     mixed = Arm.from_value({"name": "m", "plan": {"encoder.*": "w8", "predictor.*": "w4"}})
     assert labels_of(mixed).width == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "variant", "written"),
+    [
+        ({}, "", "encoder:w4a8@gptq"),
+        ({"options": {"damping": 0.01}}, "", "encoder:w4a8@gptq"),  # its default
+        (
+            {"plan": {"encoder.*": "w4a8-w_study-a_symmetric"}},
+            "-a_symmetric-w_study",
+            "encoder:w4a8-a_symmetric-w_study@gptq",
+        ),
+        (
+            {"plan": {"encoder.*": "w4a8-w_asymmetric"}, "options": {"gptq.damping": 0.1}},
+            "-w_asymmetric (gptq.damping=0.1)",
+            "encoder:w4a8-w_asymmetric@gptq (gptq.damping=0.1)",
+        ),
+        (
+            {"include": ["attention_matmul"], "options": {"damping": 0.1}},
+            " (gptq.damping=0.1, with attention_matmul)",
+            "encoder:w4a8@gptq (gptq.damping=0.1, with attention_matmul)",
+        ),
+        # A method of one's own that is not registered where results are read.
+        ({"method": "mine", "options": {"k": 3}}, " (k=3)", "encoder:w4a8@mine (k=3)"),
+    ],
+)
+def test_what_else_makes_another_quantization_is_a_label(changes, variant, written):
+    form = {"name": "x", "plan": {"encoder.*": "w4a8"}, "method": "gptq"} | changes
+    labels = labels_of(Arm.from_value(form))
+    assert labels.variant == variant
+    assert short_form(labels) == written
 
 
 def test_arms_are_compared_with_the_float_arm_of_their_budget():

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from quantwm.errors import PlanError, UsageError
+from quantwm.report.load import read_task
 from quantwm.study import plan_study, run_study
 from quantwm.study.diagnose import diagnoses_of
 from quantwm.study.estimate import SECONDS_PER_FRAME, diagnosis_seconds
 from quantwm.study.prepare import prepare
 from quantwm.study.status import study_status
+from quantwm.study.store import ResultsFolder
 from study_support import Fragile, PointTask, Recorder, content, point_spec, study
 
 ARMS = ["oracle-state", "float", "w8", "w2", "w8a8", "w2/steps=3"]
@@ -72,6 +74,31 @@ def test_what_is_left_of_them_is_told(tmp_path):
     left = {one.arm: one.done for one in plan_study(**study(spec), out=tmp_path)}
     assert left["fidelity of w8, w2, w8a8"]
     assert not left["sensitivity to w2"]
+
+
+def test_a_report_shows_those_that_the_study_asks_for_now(tmp_path):
+    def shown():
+        found = read_task(tmp_path, task=PointTask()).diagnoses
+        return [(one["kind"], one.get("arm") or one.get("scheme")) for one in found]
+
+    def run(arms, **asked):
+        spec = point_spec(arms=["float", *arms], diagnostics={"episodes": 2} | asked)
+        run_study(**study(spec), out=tmp_path)
+
+    folder = ResultsFolder(tmp_path)
+    run(["old=w8", "w2"], fidelity=True, sensitivity=["w2"])
+    assert sorted(shown()) == [("fidelity", "old"), ("fidelity", "w2"), ("sensitivity", "w2")]
+    run(["new=w8"], fidelity=True)
+    assert shown() == [("fidelity", "new")]
+    (file,) = folder.read_config()["record"]["diagnoses"]
+    path = folder.diagnosis_path(file)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id": "of another study"}))
+    assert shown() == []
+    # Older folders do not say what they ask for: all that lies there, by the names of now.
+    config = folder.read_config()
+    del config["record"]["diagnoses"]
+    folder.write_config(config)
+    assert sorted(shown()) == [("fidelity", "new"), ("fidelity", "w2"), ("sensitivity", "w2")]
 
 
 def test_an_estimate_grows_with_episodes_models_and_layers():

@@ -102,6 +102,18 @@ def test_names_do_not_matter():
     assert verdict(renamed, "tiny").missing == ("encoder:w3@gptq",)
 
 
+def test_interventions_share_the_grid_of_the_arm():
+    odd = {f"{arm}-w_asymmetric" if "w3" in arm else arm: n for arm, n in (GOOD | ENCODER).items()}
+    # A symmetric grid, which would say the opposite.
+    arms = odd | PREDICTOR
+    assert verdict(arms, "w3-w_asymmetric").verdict == "representation"
+    del arms["encoder:w3-w_asymmetric"]
+    found = verdict(arms, "w3-w_asymmetric")
+    assert (found.verdict, found.missing) == ("undecided", ("encoder:w3-w_asymmetric",))
+    del arms["predictor:w3-w_asymmetric"]
+    assert verdicts(results(arms)) == []
+
+
 def test_interventions_share_the_planning_budget_of_the_arm():
     found = verdict(GOOD | ENCODER | {"w3/steps=20": 10}, "w3/steps=20")
     assert (found.verdict, found.missing) == ("undecided", ("float/steps=20",))

@@ -145,6 +145,7 @@ LABEL_KEYS = (
     "weights",
     "activation_bits",
     "activations",
+    "variant",
     "budget",
 )
 """Columns of a CSV that say what an arm is."""
@@ -238,8 +239,8 @@ def _told_apart(panel: Panel) -> Panel:
 def _beside(members: Sequence[Arm], both: Sequence[Arm]) -> Iterator[Panel]:
     """Each recipe on the encoder, on the predictor and, if the study has it, on both."""
     for panel in _together((_recipe(arm.labels), arm.labels.part, arm) for arm in members):
-        labels = replace(panel.members[0][1].labels, part="all")
-        found = [*[("all", arm) for arm in both if arm.labels == labels], *panel.members]
+        whole = [replace(arm.labels, part="all") for _, arm in panel.members]
+        found = [*[("all", arm) for arm in both if arm.labels in whole], *panel.members]
         found.sort(key=lambda pair: _PART_ORDER.index(pair[0]))
         yield Panel(panel.title, [(_PARTS[part], arm) for part, arm in found])
 

@@ -91,7 +91,7 @@ def read_task(
         config,
         _recorded(record) if environment is None else environment,
         build_task(_spec_of(config).task) if task is None else task,
-        diagnoses=list(_read_diagnoses(folder / DIAGNOSTICS)),
+        diagnoses=list(_read_diagnoses(folder / DIAGNOSTICS, record)),
     )
 
 
@@ -234,14 +234,29 @@ def _read_summary(path: Path) -> list[dict[str, str]]:
     return lines
 
 
-def _read_diagnoses(folder: Path) -> Iterator[Mapping[str, Any]]:
+def _read_diagnoses(folder: Path, record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The diagnoses that the study asks for now, under the names that its arms have now.
+
+    All that lie there, where an older quantwm did not record which it asks for.
+    """
+    asked: Mapping[str, str] | None = record.get("diagnoses")
+    arms: dict[str, list[str]] = {}
+    for name, cell in (record.get("cells") or {}).items():
+        arms.setdefault(f"fidelity-{cell}.json", []).append(name)
     for path in sorted(folder.glob("*.json")):
+        if asked is not None and path.name not in asked:
+            continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CorruptFileError(_unreadable(path, str(error))) from error
         if not isinstance(content, dict):
             raise CorruptFileError(_unreadable(path, "it holds no mapping"))
+        if asked is not None and content.get("id") != asked[path.name]:
+            continue
+        names = arms.get(path.name)
+        if names and content.get("arm") not in names:
+            content["arm"] = names[0]
         yield content
 
 

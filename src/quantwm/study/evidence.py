@@ -171,7 +171,7 @@ def absent(
 
 
 def short_form(wanted: str | ArmLabels) -> str:
-    """How a study would write an arm that is `wanted`."""
+    """How a study would write an arm that is `wanted`, what only a mapping says in brackets."""
     if isinstance(wanted, str):
         return wanted
     name = "" if wanted.kind == "quantized" else str(wanted.kind)
@@ -181,7 +181,10 @@ def short_form(wanted: str | ArmLabels) -> str:
         scheme += "" if wanted.activation_bits is None else f"a{wanted.activation_bits}"
         scheme += _SUFFIXES.get(wanted.activations, "")
         scheme += "-w_tensor" if wanted.weights == "tensor" else ""
+        suffixes, bracket, besides = wanted.variant.partition(" (")
+        scheme += suffixes
         scheme += f"@{wanted.method}" if wanted.method != "rtn" else ""
+        scheme += bracket + besides
         part = "" if wanted.part == "all" else wanted.part
         name = ":".join(text for text in (name, part, scheme) if text)
     return name + "".join(f"/{key}={value}" for key, value in wanted.budget)
@@ -196,8 +199,7 @@ class Arms:
     def find(self, wanted: str | ArmLabels) -> str | None:
         """The name of an arm that is `wanted`, given as a short form or as labels.
 
-        The one that is called so if there is one: labels leave out what a scheme's rarer suffixes
-        say.
+        Of several, the one that is called so if there is one.
         """
         labels = labels_of(Arm.parse(wanted)) if isinstance(wanted, str) else wanted
         found = [

@@ -122,12 +122,14 @@ def _concluded(
     evidence = tuple(clause.evidence for clause in clauses)
     missing = tuple(dict.fromkeys(short for clause in clauses for short in clause.missing))
     verdict = decide([clause.verdict for clause in clauses])
-    needed = needed_by(clauses, decide) if verdict == "undecided" else None
+    decided = verdict != "undecided"
+    needed = None if decided else needed_by(clauses, decide)
     n = min((one.n for one in evidence if one.n), default=0)
     if missing:
         verdict, needed = "undecided", None
     elif n < least:
-        verdict, needed = "undecided", max(least, needed or 0)
+        verdict = "undecided"
+        needed = max(least, needed or 0) if decided or needed is not None else None
     return Finding(number, statement, task, verdict, evidence, needed, missing)
 
 

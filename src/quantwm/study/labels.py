@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantwm.quant import LayerScheme
+from quantwm.errors import UsageError
+from quantwm.methods import get_method
+from quantwm.quant import LayerScheme, QuantPlan
 from quantwm.quant.scheme import PerGroup, PerTensor
 from quantwm.study.arms import Arm
 from quantwm.study.cells import ArmKind
@@ -15,6 +17,7 @@ _GRANULARITIES = {
     "per_tensor_dynamic": "frame",
     "per_token": "token",
 }
+_RARER = ("a_symmetric", "w_asymmetric", "w_study")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class ArmLabels:
         method: "" where nothing is quantized.
         budget: planner settings and MPC iterations in which the arm differs from its study, as
             sorted (name, value) pairs.
+        variant: what else makes it another quantization, as its short form has it: a scheme's
+            rarer suffixes, options of the method that are not its defaults, and kinds of layers
+            besides linears, such as "-w_study (gptq.damping=0.1, with attention_matmul)".
     """
 
     kind: ArmKind
@@ -44,6 +50,7 @@ class ArmLabels:
     activations: str = ""
     method: str = ""
     budget: tuple[tuple[str, Any], ...] = ()
+    variant: str = ""
 
     @property
     def width(self) -> str:
@@ -62,13 +69,15 @@ def labels_of(arm: Arm) -> ArmLabels:
         return ArmLabels(arm.kind, part="saved", method="saved", budget=budget)
     if arm.plan is None:
         return ArmLabels(arm.kind, budget=budget)
-    schemes = {scheme for _, scheme in arm.plan.layers}
-    if len(arm.plan.layers) > 1 and len(schemes) > 1:
-        return ArmLabels(arm.kind, part="mixed", method=arm.plan.method, budget=budget)
     pattern, scheme = arm.plan.layers[0]
-    part = "mixed" if len(arm.plan.layers) > 1 else _part(pattern)
+    alike = len({scheme for _, scheme in arm.plan.layers}) == 1
     return ArmLabels(
-        arm.kind, part=part, method=arm.plan.method, budget=budget, **_scheme_labels(scheme)
+        arm.kind,
+        part="mixed" if len(arm.plan.layers) > 1 else _part(pattern),
+        method=arm.plan.method,
+        budget=budget,
+        variant=(_rarer_suffixes(scheme) if alike else "") + _besides(arm.plan),
+        **(_scheme_labels(scheme) if alike else {}),
     )
 
 
@@ -77,6 +86,28 @@ def _part(pattern: str) -> str:
         return "all"
     side = re.fullmatch(r"(\w+)\.\*", pattern)
     return side[1] if side else pattern
+
+
+def _rarer_suffixes(scheme: LayerScheme) -> str:
+    return "".join(f"-{suffix}" for suffix in str(scheme).split("-") if suffix in _RARER)
+
+
+def _besides(plan: QuantPlan) -> str:
+    """Options and kinds of layers, which a short form cannot say, in brackets."""
+    options = [f"{name}={value}" for name, value in sorted(_own_options(plan).items())]
+    told = ", ".join(options + [f"with {kind}" for kind in plan.include])
+    return f" ({told})" if told else ""
+
+
+def _own_options(plan: QuantPlan) -> dict[str, Any]:
+    """Options that are not the method's defaults, or as written where it is not known here."""
+    written = dict(plan.options)
+    try:
+        defaults = get_method(plan.method).options()
+        options = get_method(plan.method, written).options()
+    except UsageError:
+        return written
+    return {name: value for name, value in options.items() if value != defaults[name]}
 
 
 def _scheme_labels(scheme: LayerScheme) -> Mapping[str, Any]:
