@@ -13,7 +13,7 @@ import dataclasses
 
 import quantwm as qwm
 from quantwm.planning.defaults import default_planner
-from quantwm.statistics import wilson_interval
+from success_after import print_success
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,7 @@ def main() -> None:
         planner=Shrinking(planner),
         mpc_iterations=arguments.rounds * planner.horizon,
     )
-    for number in range(1, arguments.rounds + 1):
-        won = sum(row["success_by_iteration"][number * planner.horizon] for row in outcome.rows)
-        low, high = wilson_interval(won, arguments.episodes)
-        print(f"after {number}: {won / arguments.episodes:.2f} [{low:.2f}, {high:.2f}]")
+    print_success([row["success_by_iteration"][:: planner.horizon] for row in outcome.rows])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from quantwm.planning.objective import Objective
 from quantwm.planning.oracles import OracleStateCost
 from quantwm.planning.rollout import ModelCost
 from quantwm.seeds import episode_seeds
-from quantwm.statistics import wilson_interval
+from success_after import print_success
 
 
 class TrueAgent(ModelCost):
@@ -77,10 +77,7 @@ def main() -> None:
         model.action_spec,
         arguments.rounds,
     )
-    for number in range(1, arguments.rounds + 1):
-        won = sum(any(trace.success[: number + 1]) for trace in traces)
-        low, high = wilson_interval(won, len(traces))
-        print(f"after {number}: {won / len(traces):.2f} [{low:.2f}, {high:.2f}]")
+    print_success([trace.success for trace in traces])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from quantwm.diagnostics.candidates import (
     relative_error,
     squares_by_frame,
 )
-from quantwm.errors import MismatchError, UsageError
+from quantwm.errors import MismatchError, PlanError, UsageError
 from quantwm.fingerprint import model_hash
 from quantwm.methods import get_method, quantize, resolve_plan
 from quantwm.planning.objective import as_parts
@@ -180,6 +180,22 @@ def single_layer_plans(
     if problems:
         raise everything.error(problems)
     return {name: QuantPlan({name: scheme}, method, options=options) for name in schemes}
+
+
+def check_sensitivity(schemes: Iterable[str], world_model: WorldModel) -> None:
+    """Refuse schemes that a study's diagnoses cannot give to each layer alone.
+
+    Raises:
+        PlanError: lists the problems of all of them.
+    """
+    problems = []
+    for scheme in schemes:
+        try:
+            single_layer_plans(world_model, scheme)
+        except UsageError as error:
+            problems.append(f"diagnostics.sensitivity {scheme!r}: {error}")
+    if problems:
+        raise PlanError("\n".join(problems))
 
 
 def _plans(

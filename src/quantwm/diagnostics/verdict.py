@@ -116,8 +116,8 @@ class InterventionVerdict:
 def verdict_by_intervention(results: TaskResults, arm: str) -> InterventionVerdict:
     """Which part of an arm makes planning fail; see the table of this module.
 
-    Interventions are found by what arms are (part, scheme, method with
-    its options, and budget), not by their names.
+    Interventions are found by what arms are (part, scheme, method with its options, and budget),
+    not by their names.
 
     Args:
         results: the rows of a study in one task.

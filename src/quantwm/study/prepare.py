@@ -14,9 +14,9 @@ from quantwm.compute import (
     resolve_device,
     resolve_dtype,
 )
-from quantwm.diagnostics.sensitivity import single_layer_plans
+from quantwm.diagnostics.sensitivity import check_sensitivity
 from quantwm.envs import get_task
-from quantwm.errors import MismatchError, PlanError, UsageError
+from quantwm.errors import MismatchError, UsageError
 from quantwm.evaluation import ORACLES, check_fits
 from quantwm.fingerprint import model_hash
 from quantwm.loading import load
@@ -156,22 +156,6 @@ def check_usable(world_model: WorldModel, task: Task) -> None:
     """
     check_is_float(world_model)
     check_fits(world_model, task)
-
-
-def check_sensitivity(schemes: Iterable[str], world_model: WorldModel) -> None:
-    """Refuse schemes that a study's diagnoses cannot give to each layer alone.
-
-    Raises:
-        PlanError: lists the problems of all of them.
-    """
-    problems = []
-    for scheme in schemes:
-        try:
-            single_layer_plans(world_model, scheme)
-        except UsageError as error:
-            problems.append(f"diagnostics.sensitivity {scheme!r}: {error}")
-    if problems:
-        raise PlanError("\n".join(problems))
 
 
 def build_task(settings: Mapping[str, Any]) -> Task:
