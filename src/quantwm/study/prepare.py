@@ -95,6 +95,7 @@ def prepare(
     task: Task | None = None,
     planner: Planner | None = None,
     elsewhere: bool = False,
+    gated: bool = True,
 ) -> Prepared:
     """Load the model, build task and planner, and resolve every arm to its cell.
 
@@ -102,6 +103,7 @@ def prepare(
         spec: the study.
         world_model, task, planner: used in place of the ones that the study names.
         elsewhere: other machines compute; this one may lack the device.
+        gated: as in `Prepared`.
 
     Raises:
         UsageError: something in the study is wrong; a `PlanError` lists the problems of the arms,
@@ -142,7 +144,16 @@ def prepare(
             _saved_cell(arm, own) if saved else _cell(arm, resolved[arm.name], calibration, own)
         )
     return Prepared(
-        spec, world_model, task, planner, fingerprint, device, planners, cells, calibration
+        spec,
+        world_model,
+        task,
+        planner,
+        fingerprint,
+        device,
+        planners,
+        cells,
+        calibration,
+        gated,
     )
 
 

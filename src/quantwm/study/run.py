@@ -87,9 +87,13 @@ def run_study(
     executor = executor or InProcess()
     spec = shared_threads(spec, executor)
     prepared = prepare(
-        spec, world_model=world_model, task=task, planner=planner, elsewhere=executor.elsewhere
+        spec,
+        world_model=world_model,
+        task=task,
+        planner=planner,
+        elsewhere=executor.elsewhere,
+        gated=gated,
     )
-    prepared = replace(prepared, gated=gated)
     folder = ResultsFolder(Path(out))
     check_folder(prepared, folder)
     if not executor.elsewhere:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -64,10 +64,13 @@ class Job:
 
     def prepared(self) -> Prepared:
         """The study, ready to run."""
-        prepared = prepare(
-            self.spec, world_model=self.world_model, task=self.task, planner=self.planner
+        return prepare(
+            self.spec,
+            world_model=self.world_model,
+            task=self.task,
+            planner=self.planner,
+            gated=self.gated,
         )
-        return replace(prepared, gated=self.gated)
 
 
 def job_of(folder: str | Path) -> Job:
