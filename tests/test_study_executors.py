@@ -21,8 +21,10 @@ from quantwm.errors import CellsFailedError, GateError, MismatchError, QuantWMEr
 from quantwm.study import executors, plan_study, run_study
 from quantwm.study.claims import Claims
 from quantwm.study.executors import Local, Slurm, _on_device, batches, shared_threads
+from quantwm.study.gate import gate_of
 from quantwm.study.prepare import prepare
 from quantwm.study.status import study_status
+from quantwm.study.store import ResultsFolder
 from quantwm.study.worker import Job, job_of, work
 from study_support import (
     DyingModel,
@@ -459,6 +461,31 @@ def test_a_worker_heeds_the_gate_unless_told_not_to(tmp_path, arm):
     assert len(list((tmp_path / "cells").iterdir())) == 1
     work(replace(job, gated=False))
     assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+def test_a_failing_float_arm_is_judged_when_the_oracles_are_heard(tmp_path):
+    """A worker that finds an oracle in another's hands waits for it, as quantized arms do."""
+    arms = ["float", "oracle-state", "oracle-latent", "w8"]
+    spec = point_spec(arms=arms, gate=1.0, task="point")
+    job = Job(spec, tmp_path, world_model=PointModel(speed=-1.0), task=PointTask())
+    work(replace(job, arms=("float", "oracle-state")))
+    prepared, folder = job.prepared(), ResultsFolder(tmp_path)
+    assert not gate_of(prepared, folder)
+    work(replace(job, arms=("oracle-latent",)))
+    with pytest.raises(GateError, match=r"oracle-latent 1\.00"):
+        gate_of(prepared, folder)
+
+
+def test_an_oracle_that_cannot_be_computed_is_not_waited_for(tmp_path):
+    spec = point_spec(arms=["float", "oracle-latent", "w8"], gate=1.0, task="point")
+    job = Job(spec, tmp_path, world_model=PointModel(speed=-1.0), task=PointTask())
+    work(replace(job, arms=("float",)))
+    prepared, folder = job.prepared(), ResultsFolder(tmp_path)
+    folder.save_failure(
+        prepared.cells["oracle-latent"].id, "oracle-latent", RuntimeError("none"), ""
+    )
+    with pytest.raises(GateError, match="Add the arms"):
+        gate_of(prepared, folder)
 
 
 def test_a_float_arm_that_cannot_be_computed_stops_the_study(tmp_path):

@@ -11,7 +11,9 @@ from quantwm.study.store import FinishedCell, ResultsFolder
 def gate_of(prepared: Prepared, folder: ResultsFolder) -> bool:
     """Whether quantized arms may run: the float arm is finished and no failure, or there is none.
 
-    In a run that is not gated a float arm below the gate is no failure.
+    In a run that is not gated a float arm below the gate is no failure. In another one it is
+    refused once the study's oracles, which tell what is to blame, are there or could not be
+    computed; until then quantized arms wait.
 
     Raises:
         GateError: the float arm fails, or could not be computed.
@@ -28,16 +30,20 @@ def gate_of(prepared: Prepared, folder: ResultsFolder) -> bool:
         return False
     if not prepared.gated:
         return True
-    oracles: dict[str, list[bool]] = {
-        cell.kind: _successes(found)
-        for cell in cells.values()
-        if cell.kind in ORACLES
-        and not cell.quantized
-        and (found := folder.load_cell(cell.id)) is not None
-    }
+    oracles: dict[str, list[bool]] = {}
+    awaited = False
+    for cell in cells.values():
+        if cell.kind in ORACLES and not cell.quantized:
+            found = folder.load_cell(cell.id)
+            if found is not None:
+                oracles[cell.kind] = _successes(found)
+            else:
+                awaited = awaited or folder.load_failure(cell.id) is None
     try:
         check_gate(name, _successes(reference), oracles, prepared.spec.gate)
     except GateError as error:
+        if awaited:
+            return False
         raise GateError(f"{error} Finished cells are kept in {folder.path}.") from None
     return True
 
