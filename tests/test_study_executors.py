@@ -375,7 +375,7 @@ def test_a_worker_of_another_configuration_is_refused(tmp_path):
 @pytest.fixture
 def processor(monkeypatch):
     """Sets what this machine's processor is said to compute with."""
-    return lambda name: monkeypatch.setattr("quantwm.study.prepare.cpu_arithmetic", lambda: name)
+    return lambda name: monkeypatch.setattr("quantwm.study.same_study.cpu_arithmetic", lambda: name)
 
 
 @pytest.mark.parametrize("executor", [None, Local(2)], ids=["one", "several"])

@@ -230,8 +230,9 @@ def _run(
 ) -> None:
     from quantwm.errors import CellsFailedError, GateError
     from quantwm.report import write_report
-    from quantwm.study.prepare import check_arithmetic, check_folder, prepare
+    from quantwm.study.prepare import prepare
     from quantwm.study.run import run_study
+    from quantwm.study.same_study import check_arithmetic, check_folder
     from quantwm.study.store import ResultsFolder
 
     if len(planned) > 1:  # a slip in the last one shows before the first has run for hours

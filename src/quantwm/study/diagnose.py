@@ -21,6 +21,7 @@ from quantwm.protocols import WorldModel
 from quantwm.study.cells import short_hash
 from quantwm.study.claims import Claims
 from quantwm.study.prepare import Prepared
+from quantwm.study.same_study import definition_of
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import CellWork, StudyProgress
 
@@ -109,7 +110,7 @@ def _identity(prepared: Prepared, of: str) -> str:
             "of": of,
             "episodes": prepared.spec.diagnostics.episodes,
             "calibration": prepared.calibration,
-            "study": {key: str(value) for key, value in prepared.definition().items()},
+            "study": {key: str(value) for key, value in definition_of(prepared).items()},
         }
     )
 

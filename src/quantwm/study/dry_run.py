@@ -11,7 +11,8 @@ from quantwm.study.estimate import (
     diagnosis_seconds,
     measured_pace,
 )
-from quantwm.study.prepare import check_arithmetic, check_folder, prepare
+from quantwm.study.prepare import prepare
+from quantwm.study.same_study import check_arithmetic, check_folder
 from quantwm.study.spec import StudySpec
 from quantwm.study.store import ResultsFolder
 

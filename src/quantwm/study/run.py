@@ -15,7 +15,8 @@ from quantwm.study.diagnose import Diagnoses, diagnoses_of, files_of
 from quantwm.study.environment import environment
 from quantwm.study.executors import Executor, InProcess, shared_threads
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, check_arithmetic, check_folder, prepare
+from quantwm.study.prepare import Prepared, prepare
+from quantwm.study.same_study import check_arithmetic, check_folder
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.tables import Summary, Tables

@@ -13,7 +13,8 @@ from quantwm.protocols import Planner, Task, WorldModel
 from quantwm.study.claims import HEARTBEAT, STALE, Claims
 from quantwm.study.diagnose import Diagnoses, Diagnosis
 from quantwm.study.gate import gate_of
-from quantwm.study.prepare import Prepared, check_folder, prepare, settle_arithmetic
+from quantwm.study.prepare import Prepared, prepare
+from quantwm.study.same_study import check_folder, settle_arithmetic
 from quantwm.study.spec import RECORD, StudySpec
 from quantwm.study.store import ResultsFolder
 from quantwm.study.work import CellWork, StudyProgress
